@@ -1,0 +1,169 @@
+//! Whether the host lets something happen: grants and floors, and nothing else.
+//!
+//! Pure: it reads no file and no clock. The daemon asks it about policies as they arrive, the runner about
+//! every run, each with what it has read itself. What is not allowed in so many words is refused.
+
+use hestner_proto::words::{ErrorClass, GrantValue, Verb};
+
+use crate::policy::{DestinationSettings, Floor, Grants, Policy};
+
+/// A refusal, as it is written down at both ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// Stable code.
+    pub class: ErrorClass,
+    /// What was refused and by which rule.
+    pub message: String,
+}
+
+fn refuse<T>(class: ErrorClass, message: String) -> Result<T, Refusal> {
+    Err(Refusal { class, message })
+}
+
+/// Decides on one run.
+///
+/// # Errors
+/// The refusal.
+pub fn decide(grants: &Grants, service: &str, verb: Verb) -> Result<(), Refusal> {
+    match grants.get(service, verb) {
+        GrantValue::Allow => Ok(()),
+        GrantValue::Deny => refuse(ErrorClass::Refused, format!("the host's grants deny `{verb}` for service `{service}`")),
+        GrantValue::Confirm => refuse(
+            ErrorClass::Refused,
+            format!("the host's grants want a person to confirm `{verb}` for service `{service}`, and nobody has"),
+        ),
+    }
+}
+
+/// Decides on a policy of the centre.
+///
+/// # Errors
+/// The refusal.
+pub fn check_policy(policy: &Policy, destinations: &[DestinationSettings], floor: &Floor) -> Result<(), Refusal> {
+    let Policy { service, destination, retention_days: days, retention_count: count, .. } = policy;
+    if !destinations.iter().any(|d| d.name == *destination) {
+        return refuse(ErrorClass::UnknownDestination, format!("the host defines no destination `{destination}`"));
+    }
+    if !policy.encryption_enabled && !floor.allow_unencrypted {
+        let message = format!("the policy of `{service}` switches encryption off and the host does not allow that");
+        return refuse(ErrorClass::EncryptionRequired, message);
+    }
+    let keeps_all = *days == 0 && *count == 0;
+    // Retention never removes the newest good artifact, so that a count of 0 keeps one as well.
+    if !keeps_all && (*days < floor.retention_days || (*count).max(1) < floor.retention_count) {
+        let message = format!(
+            "the policy of `{service}` keeps {days} days and {count} artifacts; the host's floor is {} days and {} artifacts",
+            floor.retention_days, floor.retention_count
+        );
+        return refuse(ErrorClass::RetentionBelowFloor, message);
+    }
+    Ok(())
+}
+
+/// Reads the text of a grants file: `[services.NAME]` with lines `verb = "value"`.
+///
+/// # Errors
+/// A sentence that names the mistake. A file with a mistake grants nothing.
+pub fn parse_grants(text: &str) -> Result<Grants, String> {
+    type File = std::collections::BTreeMap<String, std::collections::BTreeMap<String, std::collections::BTreeMap<String, GrantValue>>>;
+    let file: File = toml::from_str(text).map_err(|error| error.to_string())?;
+    let mut grants = Grants::default();
+    for (section, services) in file {
+        if section != "services" {
+            return Err(format!("unknown section `{section}`; grants stand under [services.NAME]"));
+        }
+        for (service, verbs) in services {
+            for (verb, value) in verbs {
+                let verb = verb.parse::<Verb>().map_err(|error| format!("service `{service}`: {error}"))?;
+                grants.set(&service, verb, value);
+            }
+        }
+    }
+    Ok(grants)
+}
+
+/// The text of a grants file.
+pub fn render_grants(grants: &Grants) -> String {
+    let mut text = String::from("# What the centre may ask of this host. Written by `hestner-agent grants`; `deny` where nothing stands.\n");
+    let mut last = None;
+    for (service, verb, value) in grants.iter() {
+        if last != Some(service) {
+            text.push_str(&format!("\n[services.\"{service}\"]\n"));
+            last = Some(service);
+        }
+        text.push_str(&format!("{verb} = \"{value}\"\n"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::DestinationKind;
+
+    fn policy() -> Policy {
+        Policy {
+            policy_id: 1,
+            service: "docs".into(),
+            cron: "0 3 * * *".into(),
+            time_zone: "UTC".into(),
+            retention_days: 7,
+            retention_count: 3,
+            destination: "local".into(),
+            encryption_enabled: true,
+            misfire: "skip".into(),
+        }
+    }
+
+    fn destinations() -> Vec<DestinationSettings> {
+        vec![DestinationSettings { name: "local".into(), kind: DestinationKind::Folder, path: "/srv".into() }]
+    }
+
+    #[test]
+    fn nothing_is_allowed_that_is_not_written() {
+        let grants = parse_grants("[services.docs]\nverify = \"allow\"\nprune = \"confirm\"").unwrap();
+        for verb in Verb::ALL {
+            assert_eq!(decide(&grants, "docs", *verb).is_ok(), *verb == Verb::Verify, "{verb}");
+            assert!(decide(&grants, "other", *verb).is_err());
+        }
+    }
+
+    #[test]
+    fn grants_file_with_any_mistake_is_refused_whole() {
+        for text in ["[services.docs]\nformat = \"allow\"", "[services.docs]\nsnapshot = \"yes\"", "[service.docs]\nsnapshot = \"allow\"", "x"] {
+            assert!(parse_grants(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn grants_survive_their_own_text() {
+        let mut grants = Grants::default();
+        grants.set("docs.v1", Verb::Snapshot, GrantValue::Allow);
+        grants.set("docs.v1", Verb::Prune, GrantValue::Deny);
+        grants.set("host", Verb::Image, GrantValue::Confirm);
+        assert_eq!(parse_grants(&render_grants(&grants)).unwrap(), grants);
+    }
+
+    #[test]
+    fn policy_within_the_floor_passes() {
+        let floor = Floor { retention_days: 7, retention_count: 3, allow_unencrypted: false };
+        assert_eq!(check_policy(&policy(), &destinations(), &floor), Ok(()));
+        let keeps_all = Policy { retention_days: 0, retention_count: 0, ..policy() };
+        assert_eq!(check_policy(&keeps_all, &destinations(), &floor), Ok(()));
+    }
+
+    #[test]
+    fn each_rule_refuses_with_its_own_code() {
+        let floor = Floor { retention_days: 7, retention_count: 3, allow_unencrypted: false };
+        let cases = [
+            (Policy { destination: "elsewhere".into(), ..policy() }, ErrorClass::UnknownDestination),
+            (Policy { encryption_enabled: false, ..policy() }, ErrorClass::EncryptionRequired),
+            (Policy { retention_days: 6, ..policy() }, ErrorClass::RetentionBelowFloor),
+            (Policy { retention_count: 2, ..policy() }, ErrorClass::RetentionBelowFloor),
+            (Policy { retention_days: 0, ..policy() }, ErrorClass::RetentionBelowFloor),
+        ];
+        for (policy, class) in cases {
+            assert_eq!(check_policy(&policy, &destinations(), &floor).unwrap_err().class, class);
+        }
+    }
+}

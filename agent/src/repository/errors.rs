@@ -1,0 +1,111 @@
+//! What can go wrong with a repository, each with its stable class.
+
+use std::path::PathBuf;
+
+use hestner_proto::words::ErrorClass;
+
+use crate::platform::command::CommandError;
+use crate::platform::files::FileError;
+
+/// Entries of a source that the archiver stumbled over.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EntryErrors {
+    /// Could not be read or listed.
+    pub unreadable: u64,
+    /// Went away before they were read.
+    pub vanished: u64,
+    /// The first of the unreadable ones.
+    pub names: Vec<String>,
+}
+
+/// An operation on a repository that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum RepositoryError {
+    /// The destination's folder does not exist.
+    #[error("the destination's folder {0} does not exist; is its disk mounted?")]
+    NoFolder(PathBuf),
+    /// A repository that was there before is not.
+    #[error("the repository {0} was there before and is not now; is its disk mounted?")]
+    Gone(PathBuf),
+    /// A repository is there, but the file with its password is not.
+    #[error("there is a repository but no password file {0}")]
+    NoPassword(PathBuf),
+    /// The password does not open the repository.
+    #[error("the password in {0} does not open the repository")]
+    WrongKey(PathBuf),
+    /// The destination has no room.
+    #[error("the destination {0} has no room left")]
+    Full(PathBuf),
+    /// Somebody else holds the repository.
+    #[error("the repository is locked by somebody else: {0}")]
+    Locked(String),
+    /// Entries could not be read; nothing was kept.
+    #[error("{} could not be read: {}", entries(.0.unreadable), .0.names.join(", "))]
+    Unreadable(EntryErrors),
+    /// Nothing partial may be kept, and it could not be removed yet.
+    #[error("entries could not be read, and the partial snapshot could not be removed yet")]
+    RemovalOwed {
+        /// Why not.
+        #[source]
+        source: Box<RepositoryError>,
+    },
+    /// restic failed in a way that has no name here.
+    #[error("restic could not {operation}: {complaint}")]
+    Failed {
+        /// What was tried.
+        operation: &'static str,
+        /// What it said.
+        complaint: String,
+    },
+    /// restic was killed.
+    #[error("restic was killed by signal {signal} while it should {operation}")]
+    Killed {
+        /// What was tried.
+        operation: &'static str,
+        /// By what.
+        signal: i32,
+    },
+    /// The caller cancelled it.
+    #[error("it was cancelled")]
+    Cancelled,
+    /// An object does not read back as it was written.
+    #[error("the object {path} does not read back as it was written")]
+    Differs {
+        /// The object.
+        path: PathBuf,
+    },
+    /// The repository is not as it must be.
+    #[error("{0}")]
+    Surprise(String),
+    /// The recovery key cannot be used.
+    #[error("the company's recovery key cannot be used: {0}")]
+    RecoveryKey(String),
+    /// A program could not be run.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    /// A file could not be read or written.
+    #[error(transparent)]
+    File(#[from] FileError),
+}
+
+fn entries(count: u64) -> String {
+    if count == 1 { "1 entry".to_owned() } else { format!("{count} entries") }
+}
+
+impl RepositoryError {
+    /// The stable class.
+    pub fn class(&self) -> ErrorClass {
+        match self {
+            Self::NoFolder(_) | Self::Gone(_) | Self::Locked(_) | Self::RecoveryKey(_) => ErrorClass::RepositoryUnavailable,
+            Self::NoPassword(_) | Self::WrongKey(_) => ErrorClass::RepositoryWrongKey,
+            Self::Full(_) => ErrorClass::DestinationFull,
+            Self::File(error) if error.is_full() => ErrorClass::DestinationFull,
+            Self::Unreadable(_) | Self::RemovalOwed { .. } => ErrorClass::SourceUnreadable,
+            Self::Killed { .. } => ErrorClass::ArchiverKilled,
+            Self::Cancelled => ErrorClass::Cancelled,
+            Self::Differs { .. } => ErrorClass::VerifyFailed,
+            Self::File(_) => ErrorClass::RepositoryUnavailable,
+            Self::Failed { .. } | Self::Surprise(_) | Self::Command(_) => ErrorClass::ArchiverFailed,
+        }
+    }
+}

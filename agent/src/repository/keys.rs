@@ -1,0 +1,103 @@
+//! A repository's password: made here, kept 0600, and wrapped for the company's recovery key.
+//!
+//! The wrapped key lies at the repository's root as `hestner-key.age` (not under `keys/`: stock restic stops
+//! at a key file it does not know) and travels to the centre as a report. `age -d -i recovery.key
+//! hestner-key.age` prints the password, so that repository and recovery key suffice on the day when the
+//! host is gone. The format is age's, <https://age-encryption.org/v1>.
+
+use std::path::Path;
+
+use hestner_proto::sha256_hex;
+
+use super::{Mode, RepositoryError};
+use crate::platform::files;
+use crate::report::{EscrowedKey, RepositoryKey};
+
+/// Bytes of randomness in a password; it is written as hex.
+const PASSWORD_RANDOM_BYTES: usize = 32;
+/// Name of the wrapped key in the repository's folder.
+const WRAPPED_FILE: &str = "hestner-key.age";
+const KEY_BYTES_MAX: u64 = 16 * 1024;
+
+/// Makes the password, unless an earlier try already did.
+pub(super) fn make_password(path: &Path) -> Result<(), RepositoryError> {
+    if path.exists() {
+        return Ok(());
+    }
+    let mut random = [0_u8; PASSWORD_RANDOM_BYTES];
+    getrandom::fill(&mut random).map_err(|error| RepositoryError::Surprise(format!("no random numbers: {error}")))?;
+    if let Some(folder) = path.parent() {
+        files::private_folder(folder)?;
+    }
+    Ok(files::write(path, hex::encode(random).as_bytes(), 0o600)?)
+}
+
+/// The key as the company gets it: the wrapped file that lies beside the repository, or a new one.
+pub(super) fn escrow(password_file: &Path, mode: Mode, repository: &Path, recipient: &str) -> Result<EscrowedKey, RepositoryError> {
+    let password = files::read(password_file, KEY_BYTES_MAX)?;
+    if mode == Mode::Open {
+        return Ok(EscrowedKey::Open(String::from_utf8_lossy(&password).into_owned()));
+    }
+    let beside = repository.join(WRAPPED_FILE);
+    match files::read(&beside, KEY_BYTES_MAX) {
+        Ok(wrapped) => Ok(EscrowedKey::Wrapped(wrapped)),
+        Err(error) if error.is_missing() => {
+            let wrapped = wrap(&password, recipient)?;
+            if repository.join("config").exists() {
+                files::write(&beside, &wrapped, 0o600)?;
+            }
+            Ok(EscrowedKey::Wrapped(wrapped))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Lays the wrapped key into the repository's folder.
+pub(super) fn lay_beside(repository: &Path, key: &RepositoryKey) -> Result<(), RepositoryError> {
+    match &key.key {
+        EscrowedKey::Wrapped(bytes) => Ok(files::write(&repository.join(WRAPPED_FILE), bytes, 0o600)?),
+        EscrowedKey::Open(_) => Ok(()),
+    }
+}
+
+fn wrap(password: &[u8], recipient: &str) -> Result<Vec<u8>, RepositoryError> {
+    let recipient: age::x25519::Recipient = recipient.parse().map_err(|error: &str| RepositoryError::RecoveryKey(error.to_owned()))?;
+    age::encrypt(&recipient, password).map_err(|error| {
+        // The error could hold no secret, but nothing says so; its hash tells two errors apart.
+        RepositoryError::RecoveryKey(format!("encryption failed ({})", &sha256_hex(error.to_string().as_bytes())[..8]))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn recovery_key_opens_what_was_wrapped_and_no_other_key_does() {
+        let folder = tempfile::tempdir().unwrap();
+        let password_file = folder.path().join("keys/local-encrypted.password");
+        make_password(&password_file).unwrap();
+        let password = files::read(&password_file, 1000).unwrap();
+        let (company, stranger) = (age::x25519::Identity::generate(), age::x25519::Identity::generate());
+        let key = escrow(&password_file, Mode::Encrypted, folder.path(), &company.to_public().to_string()).unwrap();
+        let EscrowedKey::Wrapped(wrapped) = key else { panic!("it must be wrapped") };
+        assert_eq!(age::decrypt(&company, &wrapped).unwrap(), password);
+        assert!(age::decrypt(&stranger, &wrapped).is_err());
+    }
+
+    #[test]
+    fn password_is_made_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("p");
+        make_password(&path).unwrap();
+        let first = files::read(&path, 1000).unwrap();
+        make_password(&path).unwrap();
+        assert_eq!(files::read(&path, 1000).unwrap(), first);
+        assert_eq!(first.len(), 2 * PASSWORD_RANDOM_BYTES);
+    }
+
+    #[test]
+    fn text_that_is_no_recovery_key_is_refused() {
+        assert!(matches!(wrap(b"p", "age1nonsense"), Err(RepositoryError::RecoveryKey(_))));
+    }
+}

@@ -1,0 +1,195 @@
+//! The runner's side of the worker: starts it, feeds it, listens to it, and ends it.
+//!
+//! For a stream, the runner makes the pipe and starts the producer under a supervisor of its own. The end
+//! of the stream is shown to the archiver only after the producer has ended with 0; if it failed, the
+//! archiver is killed first. Runner and worker each hold the write end until then, so that the death of
+//! either shows the archiver no end.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use hestner_proto::words::{ErrorClass, Phase};
+use tokio::io::BufReader;
+use tokio::process::{Child, ChildStdin, ChildStdout};
+use tokio_util::sync::CancellationToken;
+
+use super::hook::{self, Spec};
+use super::messages::{Failure, Work, WorkerEvent, WorkerOrder, WorkerTask, receive, send};
+use crate::platform::command::{Program, Streams};
+use crate::platform::files::Lock;
+use crate::policy::ServiceSettings;
+use crate::repository::{Location, Progress};
+
+/// How long a worker that was asked to stop may take: it has to kill the archiver and remove what that
+/// committed.
+const STOP_GRACE: Duration = Duration::from_secs(20);
+
+/// What a worker says while it works.
+pub(super) enum Said {
+    /// Its repository is open.
+    Opened(crate::report::RepositoryKey),
+    /// How far it is.
+    Progress(Phase, Progress),
+}
+
+/// A worker at work.
+pub(super) struct Worker {
+    child: Child,
+    orders: Option<ChildStdin>,
+    events: BufReader<ChildStdout>,
+}
+
+/// A stream's pipe, and the program that writes into it.
+pub(super) struct Producer<'a> {
+    settings: &'a ServiceSettings,
+    read: OwnedFd,
+    write: Option<OwnedFd>,
+    timeout: Duration,
+}
+
+impl<'a> Producer<'a> {
+    pub(super) fn new(settings: &'a ServiceSettings, timeout: Duration) -> Result<Self, Failure> {
+        let pipe = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC);
+        let (read, write) = pipe.map_err(|e| Failure::of(ErrorClass::ProducerFailed, &e))?;
+        Ok(Self { settings, read, write: Some(write), timeout })
+    }
+
+    fn spec(&self, write: &OwnedFd) -> Spec {
+        Spec {
+            argv: self.settings.source.argv.clone(),
+            user: String::new(),
+            timeout_ms: u64::try_from(self.timeout.as_millis()).unwrap_or(u64::MAX),
+            output_bytes_max: 64 * 1024,
+            environment: vec![("HESTNER_SERVICE".to_owned(), self.settings.name.clone())],
+            stdout_fd: Some(hook::number_of(write)),
+        }
+    }
+}
+
+impl Worker {
+    pub(super) async fn start(location: Location, work: Work, alive: &Lock, producer: Option<&Producer<'_>>) -> Result<Self, Failure> {
+        let program = Program::own().map_err(|e| Failure::of(ErrorClass::WorkerKilled, &e))?.arg("worker");
+        let mut inherit: Vec<&dyn AsFd> = vec![&**alive];
+        let program = match producer {
+            Some(Producer { read, write: Some(write), .. }) => {
+                inherit.extend([read as &dyn AsFd, write]);
+                program.args(["--stream-read".to_owned(), hook::number_of(read).to_string()])
+                    .args(["--stream-write".to_owned(), hook::number_of(write).to_string()])
+            }
+            _ => program,
+        };
+        let streams = Streams { stderr: std::process::Stdio::inherit(), ..Streams::piped() };
+        let mut child = program.spawn(streams, &inherit).map_err(|e| Failure::of(ErrorClass::WorkerKilled, &e))?;
+        let (Some(mut orders), Some(events)) = (child.stdin.take(), child.stdout.take()) else {
+            return Err(Failure::new(ErrorClass::WorkerKilled, "the worker has no standard streams"));
+        };
+        send(&mut orders, &WorkerTask { location, work }).await.map_err(|e| Failure::of(ErrorClass::WorkerKilled, &e))?;
+        Ok(Self { child, orders: Some(orders), events: BufReader::new(events) })
+    }
+
+    /// Listens to its end. What is returned is its last word, or that it had none.
+    pub(super) async fn finish(
+        mut self,
+        stop: &CancellationToken,
+        mut producer: Option<Producer<'_>>,
+        mut on_said: impl FnMut(Said),
+    ) -> Result<WorkerEvent, Failure> {
+        let stop_producer = stop.child_token();
+        let mut last = None;
+        let mut producer_failure = None;
+        let Self { child, orders, events } = &mut self;
+        {
+            let listen = async {
+                while let Some(event) = receive(events).await {
+                    match event {
+                        WorkerEvent::Opened(key) => on_said(Said::Opened(key)),
+                        WorkerEvent::Progress { phase, progress } => on_said(Said::Progress(phase, progress)),
+                        end => last = Some(end),
+                    }
+                }
+                // Its archiver is sent SIGKILL before a dead worker can be waited for: from here on the
+                // stream may end without being taken for whole.
+                let _ = child.wait().await;
+                stop_producer.cancel();
+            };
+            let feed = feed(producer.as_mut(), &stop_producer, stop, orders);
+            let both = async {
+                let ((), failure) = tokio::join!(listen, feed);
+                producer_failure = failure;
+            };
+            tokio::pin!(both);
+            tokio::select! {
+                () = &mut both => {}
+                () = stop_and_wait(stop) => {}
+            }
+        }
+        // Whoever still lives is killed; a worker takes the archiver with it.
+        drop(orders.take());
+        let _ = child.kill().await;
+        match (producer_failure, last) {
+            (Some(failure), _) => Err(failure),
+            (None, Some(WorkerEvent::Failed(failure))) => Err(failure),
+            (None, Some(end)) => Ok(end),
+            (None, None) => Err(Failure::new(ErrorClass::WorkerKilled, "the worker ended without a result")),
+        }
+    }
+}
+
+async fn stop_and_wait(stop: &CancellationToken) {
+    stop.cancelled().await;
+    tokio::time::sleep(STOP_GRACE).await;
+}
+
+/// Runs the producer, if there is one, and closes or keeps what the worker waits for. Returns why the
+/// producer failed.
+async fn feed(
+    producer: Option<&mut Producer<'_>>,
+    stop_producer: &CancellationToken,
+    stop: &CancellationToken,
+    orders: &mut Option<ChildStdin>,
+) -> Option<Failure> {
+    let failure = match producer {
+        Some(producer) => {
+            let ended = match &producer.write {
+                Some(write) => hook::run(&producer.spec(write), stop_producer, &[write]).await,
+                None => return None,
+            };
+            let failure = producer_failure(ended, stop_producer);
+            match (&failure, orders.as_mut()) {
+                (None, Some(orders)) => {
+                    drop(producer.write.take());
+                    // A worker that is gone is noticed by its missing result.
+                    let _ = send(orders, &WorkerOrder::EndOfStream).await;
+                    None
+                }
+                _ => {
+                    // The worker kills the archiver when its orders end; only then may the write end be closed.
+                    drop(orders.take());
+                    stop_producer.cancelled().await;
+                    drop(producer.write.take());
+                    return failure;
+                }
+            }
+        }
+        None => None,
+    };
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = stop_producer.cancelled() => {}
+    }
+    drop(orders.take());
+    failure
+}
+
+fn producer_failure(ended: Result<hook::Ended, hook::HookError>, stopped: &CancellationToken) -> Option<Failure> {
+    match ended {
+        Ok(ended) if ended.is_success() => None,
+        // The worker ended first, and says why.
+        _ if stopped.is_cancelled() => None,
+        Ok(ended) => {
+            let output = crate::platform::command::printable(&ended.output);
+            Some(Failure::new(ErrorClass::ProducerFailed, format!("the program of the stream {}: {output}", ended.description())))
+        }
+        Err(error) => Some(Failure::of(ErrorClass::ProducerFailed, &error)),
+    }
+}

@@ -1,0 +1,286 @@
+//! The runner's own notes of each run: what it is about to make, which hooks it began, how it ended.
+//!
+//! One folder a run, `STATE/runs/<run id>`: `plan.json` (written and synced before anything is done),
+//! `begun-<n>` and `released-<n>` (hook claims, made with `O_EXCL`), `result.json` (the end of the run; until it is there
+//! the run has not succeeded), `settled` (nothing is left to do). `alive` is locked for as long as any
+//! process of the run lives: the runner, its worker and the archiver inherit the open file.
+//!
+//! Recovery reads these notes and nothing else; names are never guessed.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::messages::Finished;
+use crate::freeze::Snapshot;
+use crate::platform::files::{self, FileError, Lock};
+use crate::policy::HookSettings;
+use crate::repository::Location;
+
+/// A note or a result is some kilobytes; hooks with long argument lists make it longer.
+const NOTE_BYTES_MAX: u64 = 4 * 1024 * 1024;
+/// Folders of runs that are settled and hold no artifact any more are kept up to this number.
+const FOLDERS_KEPT: usize = 500;
+
+/// What a run is about to make and to call.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Note {
+    /// The service.
+    pub service: String,
+    /// The repository that may get a snapshot.
+    pub location: Location,
+    /// Snapshots that will be made.
+    pub snapshots: Vec<Snapshot>,
+    /// Hooks, in order.
+    pub hooks: Vec<HookNote>,
+}
+
+/// What recovery has to know of a hook.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct HookNote {
+    /// Its name.
+    pub name: String,
+    /// What releases it when the run broke off: `freeze_failed`, or `post_thaw`.
+    pub release: Vec<String>,
+    /// The user to run it as.
+    pub user: String,
+    /// How long it may take, in seconds.
+    pub timeout_seconds: u64,
+    /// How much of its output is kept.
+    pub output_bytes_max: usize,
+}
+
+impl From<&HookSettings> for HookNote {
+    fn from(hook: &HookSettings) -> Self {
+        let release = if hook.freeze_failed.is_empty() { &hook.post_thaw } else { &hook.freeze_failed };
+        Self {
+            name: hook.name.clone(),
+            release: release.clone(),
+            user: hook.user.clone(),
+            timeout_seconds: hook.timeout.as_secs().max(1),
+            output_bytes_max: hook.output_bytes_max,
+        }
+    }
+}
+
+/// The folder of all runs.
+#[derive(Clone, Debug)]
+pub struct Ledger(PathBuf);
+
+/// The notes of one run.
+#[derive(Clone, Debug)]
+pub struct RunFolder(PathBuf);
+
+impl Ledger {
+    /// The ledger of an agent whose state lies in `state_dir`.
+    pub fn of(state_dir: &Path) -> Self {
+        Self(state_dir.join("runs"))
+    }
+
+    /// The notes of a run, whether they exist or not.
+    pub fn run(&self, run_uid: &str) -> RunFolder {
+        RunFolder(self.0.join(run_uid))
+    }
+
+    /// Begins the notes of a run. `None`: there are some already.
+    ///
+    /// # Errors
+    /// When the folder cannot be made.
+    pub fn begin(&self, run_uid: &str) -> Result<Option<RunFolder>, FileError> {
+        files::private_folder(&self.0)?;
+        let folder = self.run(run_uid);
+        if folder.0.exists() {
+            return Ok(None);
+        }
+        files::private_folder(&folder.0)?;
+        Ok(Some(folder))
+    }
+
+    /// Takes the lock of a service. `None`: another run of it goes on.
+    ///
+    /// # Errors
+    /// When the lock file cannot be made.
+    pub fn lock_service(&self, service: &str) -> Result<Option<Lock>, FileError> {
+        let folder = self.0.join(".services");
+        files::private_folder(&folder)?;
+        files::try_lock(&folder.join(service))
+    }
+
+    /// Runs with something left to do.
+    ///
+    /// # Errors
+    /// When the folder cannot be listed.
+    pub fn unsettled(&self) -> Result<Vec<String>, FileError> {
+        Ok(self.run_uids()?.into_iter().filter(|uid| !self.run(uid).is_settled()).collect())
+    }
+
+    /// Every run that has notes, oldest first (a UUIDv7 begins with its time).
+    ///
+    /// # Errors
+    /// When the folder cannot be listed.
+    pub fn run_uids(&self) -> Result<Vec<String>, FileError> {
+        let entries = match std::fs::read_dir(&self.0) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(files::failed("list", &self.0))?,
+        };
+        let names = entries.flatten().filter_map(|e| e.file_name().into_string().ok());
+        let mut uids: Vec<String> = names.filter(|name| !name.starts_with('.')).collect();
+        uids.sort();
+        Ok(uids)
+    }
+
+    /// Removes the notes of old runs that hold no artifact: all but the newest [`FOLDERS_KEPT`].
+    ///
+    /// # Errors
+    /// When a folder cannot be listed or removed.
+    pub fn tidy(&self) -> Result<(), FileError> {
+        let uids = self.run_uids()?;
+        let surplus = uids.len().saturating_sub(FOLDERS_KEPT);
+        for uid in &uids[..surplus] {
+            let run = self.run(uid);
+            let offers = run.result()?.is_some_and(|finished| finished.record.snapshot_id().is_some());
+            if run.is_settled() && !offers {
+                files::remove(&run.0)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl RunFolder {
+    /// Takes the lock that says that the run lives. `None`: a process of it still does.
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub fn lock_alive(&self) -> Result<Option<Lock>, FileError> {
+        files::try_lock(&self.0.join("alive"))
+    }
+
+    /// Writes down what the run is about to make.
+    ///
+    /// # Errors
+    /// When the disk has no room; then nothing may be begun.
+    pub fn write_note(&self, note: &Note) -> Result<(), FileError> {
+        files::write(&self.0.join("plan.json"), &serde_json::to_vec(note).unwrap_or_default(), 0o600)
+    }
+
+    /// What the run was about to make; `None` if it never came so far.
+    ///
+    /// # Errors
+    /// When the note is there and cannot be read.
+    pub fn note(&self) -> Result<Option<Note>, FileError> {
+        self.read("plan.json")
+    }
+
+    /// Claims the beginning of a hook. False: it was claimed before.
+    ///
+    /// # Errors
+    /// When the disk has no room; then the hook must not be begun.
+    pub fn claim_begin(&self, hook: usize) -> Result<bool, FileError> {
+        files::create_new(&self.0.join(format!("begun-{hook}")), b"")
+    }
+
+    /// Whether a hook was begun.
+    pub fn was_begun(&self, hook: usize) -> bool {
+        self.0.join(format!("begun-{hook}")).exists()
+    }
+
+    /// Claims the release of a hook. False: it was claimed before.
+    ///
+    /// # Errors
+    /// When the disk has no room.
+    pub fn claim_release(&self, hook: usize) -> Result<bool, FileError> {
+        files::create_new(&self.0.join(format!("released-{hook}")), b"")
+    }
+
+    /// Writes down that a release has run to its end.
+    ///
+    /// # Errors
+    /// When the disk has no room; recovery then runs the release once more.
+    pub fn release_ended(&self, hook: usize) -> Result<bool, FileError> {
+        files::create_new(&self.0.join(format!("release-ended-{hook}")), b"")
+    }
+
+    /// Whether a release is owed: it was never claimed, or whoever claimed it died before its end.
+    pub fn owes_release(&self, hook: usize) -> bool {
+        self.was_begun(hook) && !self.0.join(format!("release-ended-{hook}")).exists()
+    }
+
+    /// Writes the run's end. From here on it counts.
+    ///
+    /// # Errors
+    /// When the disk has no room.
+    pub fn write_result(&self, finished: &Finished) -> Result<(), FileError> {
+        files::write(&self.0.join("result.json"), &serde_json::to_vec_pretty(finished).unwrap_or_default(), 0o600)
+    }
+
+    /// The run's end, if it has come.
+    ///
+    /// # Errors
+    /// When the file is there and cannot be read.
+    pub fn result(&self) -> Result<Option<Finished>, FileError> {
+        self.read("result.json")
+    }
+
+    /// Writes down that nothing is left to do.
+    ///
+    /// # Errors
+    /// When the disk has no room; it is then settled once more at the next start.
+    pub fn settle(&self) -> Result<(), FileError> {
+        files::create_new(&self.0.join("settled"), b"").map(drop)
+    }
+
+    fn is_settled(&self) -> bool {
+        self.0.join("settled").exists()
+    }
+
+    fn read<T: for<'de> Deserialize<'de>>(&self, name: &str) -> Result<Option<T>, FileError> {
+        let path = self.0.join(name);
+        let bytes = match files::read(&path, NOTE_BYTES_MAX) {
+            Err(error) if error.is_missing() => return Ok(None),
+            other => other?,
+        };
+        let wrong = |error: serde_json::Error| files::failed("understand", &path)(error.into());
+        serde_json::from_slice(&bytes).map(Some).map_err(wrong)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn release_is_owed_until_it_has_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = Ledger::of(folder.path()).begin("a").unwrap().unwrap();
+        assert!(!run.owes_release(0));
+        assert!(run.claim_begin(0).unwrap());
+        assert!(run.owes_release(0));
+        assert!(run.claim_release(0).unwrap());
+        assert!(!run.claim_release(0).unwrap());
+        assert!(run.owes_release(0), "its runner may have died in the middle");
+        run.release_ended(0).unwrap();
+        assert!(!run.owes_release(0));
+    }
+
+    #[test]
+    fn run_begins_once_and_stays_unsettled_until_it_says_otherwise() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::of(folder.path());
+        let run = ledger.begin("a").unwrap().unwrap();
+        assert!(ledger.begin("a").unwrap().is_none());
+        assert_eq!(ledger.unsettled().unwrap(), ["a"]);
+        run.settle().unwrap();
+        assert!(ledger.unsettled().unwrap().is_empty());
+    }
+
+    #[test]
+    fn service_is_locked_by_one_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::of(folder.path());
+        let held = ledger.lock_service("docs").unwrap();
+        assert!(held.is_some());
+        assert!(ledger.lock_service("docs").unwrap().is_none());
+        assert!(ledger.lock_service("other").unwrap().is_some());
+    }
+}

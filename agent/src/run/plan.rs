@@ -1,0 +1,266 @@
+//! What a run will do, decided before it does anything: gate, settings, source, point, repository.
+//!
+//! `--dry-run` prints it. Whatever is refused or missing ends here, with nothing begun.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use hestner_proto::words::{Consistency, ErrorClass, GrantValue, Verb};
+
+use super::ledger::{HookNote, Note};
+use super::messages::Failure;
+use crate::freeze::{self, PointError, PointPlan};
+use crate::gate::{self, Refusal};
+use crate::platform::trust::{self, Distrust};
+use crate::policy::{DestinationSettings, Floor, Grants, Policies, Policy, ServiceSettings, SourceKind};
+use crate::report::UNREADABLE_NAMES_MAX;
+use crate::repository::retention::Rules;
+use crate::repository::{self, Input, Location, Mode};
+use crate::source::{self, Mounts, Paths};
+
+/// A grants file has a line a verb and service.
+const GRANTS_BYTES_MAX: u64 = 1024 * 1024;
+/// Mount points that were left out and are named.
+const MOUNTS_NAMED_MAX: usize = 20;
+
+/// Everything of the host's settings that a run needs.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// The agent's state folder.
+    pub state_dir: PathBuf,
+    /// The grants file.
+    pub grants: PathBuf,
+    /// Services.
+    pub services: Vec<ServiceSettings>,
+    /// Destinations.
+    pub destinations: Vec<DestinationSettings>,
+    /// What no policy can go below.
+    pub floor: Floor,
+    /// Settings of the point in time.
+    pub freeze: freeze::Settings,
+    /// Settings of repositories.
+    pub repository: repository::Settings,
+    /// How long a run may take.
+    pub run_time_max: Duration,
+    /// The server; it names the repository.
+    pub server_id: i64,
+    /// The company's recovery key.
+    pub recovery_recipient: String,
+}
+
+/// What a run will do.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The service.
+    pub service: ServiceSettings,
+    /// The policy in force.
+    pub policy: Option<Policy>,
+    /// The repository.
+    pub location: Location,
+    /// The point.
+    pub point: PointPlan,
+    /// What the archiver reads.
+    pub input: Input,
+    /// The source's paths as they were when the plan was made.
+    pub paths: Option<Paths>,
+    /// What will be reached.
+    pub consistency: Consistency,
+    /// Whether retention may remove artifacts.
+    pub may_prune: bool,
+    /// Remarks that do not make the run fail.
+    pub warnings: Vec<String>,
+}
+
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Self {
+        Self::new(refusal.class, refusal.message)
+    }
+}
+
+/// Reads the grants. One that is missing grants nothing.
+///
+/// # Errors
+/// When others could have written the file, or it has a mistake: then nothing is granted either, and the
+/// error says why.
+pub fn read_grants(path: &Path) -> Result<Grants, Failure> {
+    match trust::read_text(path, GRANTS_BYTES_MAX) {
+        Ok(text) => gate::parse_grants(&text)
+            .map_err(|reason| Failure::new(ErrorClass::SettingsInvalid, format!("the grants file {}: {reason}", path.display()))),
+        Err(error) if error.is_missing() => Ok(Grants::default()),
+        Err(error) => Err(unsafe_permissions("the grants file", &error)),
+    }
+}
+
+fn unsafe_permissions(what: &str, error: &Distrust) -> Failure {
+    Failure::new(ErrorClass::UnsafePermissions, format!("{what} is not believed: {}", super::messages::chain(error)))
+}
+
+impl Plan {
+    /// Plans a run of a service.
+    ///
+    /// # Errors
+    /// The refusal, or what is missing.
+    pub async fn make(host: &Host, service: &str, verb: &str, run_uid: &str) -> Result<Self, Failure> {
+        let verb: Verb = verb.parse().map_err(|e| Failure::of(ErrorClass::UnknownVerb, &e))?;
+        let grants = read_grants(&host.grants)?;
+        gate::decide(&grants, service, verb)?;
+        if verb != Verb::Snapshot {
+            return Err(Failure::new(ErrorClass::UnknownVerb, format!("a run cannot do `{verb}`")));
+        }
+        let settings = host.services.iter().find(|s| s.name == service);
+        let Some(settings) = settings.cloned() else {
+            return Err(Failure::new(ErrorClass::UnknownService, format!("the host's settings name no service `{service}`")));
+        };
+        let policy = Policies::of(&host.state_dir).load(service).map_err(|e| Failure::of(ErrorClass::SettingsInvalid, &e))?;
+        if let Some(policy) = &policy {
+            gate::check_policy(policy, &host.destinations, &host.floor)?;
+        }
+        check_programs(&settings, &host.repository.restic)?;
+        let location = location(host, &settings, policy.as_ref())?;
+        let mut plan = Self {
+            point: PointPlan::Live,
+            input: Input::Stream { file_name: settings.source.file_name.clone() },
+            paths: None,
+            consistency: Consistency::Application,
+            may_prune: grants.get(service, Verb::Prune) == GrantValue::Allow,
+            warnings: Vec::new(),
+            service: settings,
+            policy,
+            location,
+        };
+        if plan.service.source.kind == SourceKind::Files {
+            plan.plan_files(host, run_uid).await?;
+        }
+        plan.check_consistency()?;
+        Ok(plan)
+    }
+
+    async fn plan_files(&mut self, host: &Host, run_uid: &str) -> Result<(), Failure> {
+        let settings = &self.service.source;
+        let missing = |e: source::SourceError| Failure::of(ErrorClass::SourceMissing, &e);
+        self.paths = Some(Paths::look_at(&settings.paths).map_err(missing)?);
+        refuse_links(&settings.paths, &settings.exclude)?;
+        let point_failed = |e: PointError| Failure::of(ErrorClass::PointFailed, &e);
+        self.point = PointPlan::of(&settings.paths, &settings.exclude, run_uid, &host.freeze).await.map_err(point_failed)?;
+        self.point.check_destination(&self.location.folder).map_err(point_failed)?;
+        self.consistency = self.point.consistency(!self.service.hooks.is_empty());
+        self.warnings = mounts_left_out(&settings.paths, settings.one_file_system || self.point != PointPlan::Live)?;
+        self.input = Input::Files {
+            paths: settings.paths.clone(),
+            exclude: settings.exclude.iter().cloned().chain(own_folders(host, &settings.paths)).collect(),
+            one_file_system: settings.one_file_system,
+            live: self.point == PointPlan::Live,
+        };
+        Ok(())
+    }
+
+    fn check_consistency(&self) -> Result<(), Failure> {
+        if self.consistency >= self.service.consistency {
+            return Ok(());
+        }
+        let message = format!(
+            "service `{}` asks for consistency `{}`, and its source reaches only `{}` here",
+            self.service.name, self.service.consistency, self.consistency
+        );
+        Err(Failure::new(ErrorClass::PointFailed, message))
+    }
+
+    /// What recovery has to know.
+    pub fn note(&self) -> Note {
+        let snapshots = match &self.point {
+            PointPlan::Live => Vec::new(),
+            PointPlan::Btrfs { snapshots, .. } => snapshots.clone(),
+        };
+        let hooks = self.service.hooks.iter().map(HookNote::from).collect();
+        Note { service: self.service.name.clone(), location: self.location.clone(), snapshots, hooks }
+    }
+
+    /// The rules of retention, if there are any.
+    pub fn retention(&self) -> Option<Rules> {
+        let policy = self.policy.as_ref()?;
+        let rules = Rules { days: policy.retention_days, count: policy.retention_count };
+        (rules.days > 0 || rules.count > 0).then_some(rules)
+    }
+
+    /// The plan for people, a line a step.
+    pub fn lines(&self) -> Vec<String> {
+        let hooks = &self.service.hooks;
+        let mut lines = vec![format!("service {}, consistency {}", self.service.name, self.consistency)];
+        lines.extend(hooks.iter().map(|h| format!("pre_freeze of hook {}: {}", h.name, shown(&h.pre_freeze))));
+        match &self.point {
+            PointPlan::Live => lines.push("no point in time: the source is read as it lives".to_owned()),
+            PointPlan::Btrfs { snapshots, .. } => {
+                lines.extend(snapshots.iter().map(|s| format!("btrfs snapshot of {} as {}", s.subvolume.display(), s.path.display())));
+            }
+        }
+        lines.extend(hooks.iter().rev().map(|h| format!("post_thaw of hook {}: {}", h.name, shown(&h.post_thaw))));
+        match &self.input {
+            Input::Files { paths, exclude, .. } => {
+                let paths: Vec<_> = paths.iter().map(|p| p.display().to_string()).collect();
+                lines.push(format!("archive {} without {}", paths.join(", "), if exclude.is_empty() { "nothing".to_owned() } else { exclude.join(", ") }));
+            }
+            Input::Stream { file_name } => lines.push(format!("archive the output of {} as {file_name}", shown(&self.service.source.argv))),
+        }
+        lines.push(format!("into the repository {}, then read back what was stored", self.location.path().display()));
+        if let Some(rules) = self.retention() {
+            let verb = if self.may_prune { "remove" } else { "keep, because `prune` is not granted," };
+            lines.push(format!("{verb} what is neither younger than {} days nor among the newest {}", rules.days, rules.count));
+        }
+        lines.extend(self.warnings.iter().map(|w| format!("warning: {w}")));
+        lines
+    }
+}
+
+fn shown(argv: &[String]) -> String {
+    if argv.is_empty() { "nothing".to_owned() } else { argv.join(" ") }
+}
+
+fn location(host: &Host, settings: &ServiceSettings, policy: Option<&Policy>) -> Result<Location, Failure> {
+    let name = policy.map_or(&settings.destination, |p| &p.destination);
+    let Some(destination) = host.destinations.iter().find(|d| d.name == *name) else {
+        return Err(Failure::new(ErrorClass::UnknownDestination, format!("the host defines no destination `{name}`")));
+    };
+    let mode = if policy.is_some_and(|p| !p.encryption_enabled) { Mode::Open } else { Mode::Encrypted };
+    Ok(Location::new(destination, mode, host.server_id, &host.state_dir, &host.repository))
+}
+
+/// Every program that a run starts as this user must be one that nobody else can change.
+fn check_programs(settings: &ServiceSettings, restic: &Path) -> Result<(), Failure> {
+    let hooks = settings.hooks.iter().flat_map(|h| [&h.pre_freeze, &h.post_thaw, &h.freeze_failed]);
+    let programs = hooks.chain([&settings.source.argv]).filter_map(|argv| argv.first()).map(Path::new);
+    for program in programs.chain([restic]) {
+        trust::check(program).map_err(|error| unsafe_permissions(&format!("the program {}", program.display()), &error))?;
+    }
+    Ok(())
+}
+
+/// See [`source::unstorable_links`].
+fn refuse_links(paths: &[PathBuf], exclude: &[String]) -> Result<(), Failure> {
+    let links = source::unstorable_links(paths, exclude, UNREADABLE_NAMES_MAX);
+    if links.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<String> = links.iter().map(|link| link.display().to_string()).collect();
+    let mut failure = Failure::new(
+        ErrorClass::SourceUnreadable,
+        format!("the target of a symlink is not UTF-8 and would be stored changed: {}", names.join(", ")),
+    );
+    failure.unreadable = links.len() as u64;
+    failure.unreadable_names = names;
+    Err(failure)
+}
+
+/// The agent's own files change while it works, and the repository would grow into itself.
+fn own_folders<'a>(host: &'a Host, paths: &'a [PathBuf]) -> impl Iterator<Item = String> + 'a {
+    let own = host.destinations.iter().map(|d| &d.path).chain([&host.state_dir]);
+    own.filter(move |folder| paths.iter().any(|path| folder.starts_with(path))).map(|folder| folder.display().to_string())
+}
+
+fn mounts_left_out(paths: &[PathBuf], left_out: bool) -> Result<Vec<String>, Failure> {
+    if !left_out {
+        return Ok(Vec::new());
+    }
+    let mounts = Mounts::read().map_err(|e| Failure::of(ErrorClass::PointFailed, &e))?;
+    let below = paths.iter().flat_map(|path| mounts.below(path));
+    Ok(below.take(MOUNTS_NAMED_MAX).map(|mount| format!("{} is another filesystem and is left out", mount.point.display())).collect())
+}

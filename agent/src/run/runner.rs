@@ -1,0 +1,277 @@
+//! The runner process: one run, from the request to the result.
+//!
+//! It takes a run id, a service and a verb from whoever holds the other end of its socket (root or its own
+//! user, `SO_PEERCRED`), and reads settings, grants and policy itself. When the socket closes the run is
+//! cancelled: what was begun is released, and the run ends as `interrupted`.
+
+use std::io;
+
+use hestner_proto::words::{ErrorClass, RunKind, RunStatus};
+use nix::sys::socket::{getsockopt, sockopt};
+use tokio::io::{AsyncReadExt as _, BufReader};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::archive::Worker;
+use super::driver::{Driver, Left, time_is_over};
+use super::ledger::{Ledger, RunFolder};
+use super::messages::{Event, Failure, Finished, Request, Work, WorkerEvent, receive, send};
+use super::plan::{Host, Plan};
+use super::settle;
+use crate::platform::clock::SharedClock;
+use crate::platform::files::{self, FileError, Lock};
+use crate::platform::{process, trust};
+use crate::report::RunRecord;
+use crate::repository::Repository;
+use crate::repository::retention::{self, Candidate};
+
+/// Room that the state folder must have for a run to begin: its notes and its result have to fit.
+const STATE_FREE_BYTES_MIN: u64 = 4 * 1024 * 1024;
+/// Events that wait for the daemon.
+const EVENTS_WAITING: usize = 64;
+
+/// The runner process, on a socket that was handed down as standard input.
+///
+/// # Errors
+/// When the socket cannot be used or its other end is somebody else's.
+pub async fn run(socket: UnixStream, host: Result<Host, Failure>, clock: SharedClock) -> io::Result<()> {
+    let peer = getsockopt(&socket, sockopt::PeerCredentials)?;
+    if !trust::is_trusted_user(peer.uid()) {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("user {} may not start runs", peer.uid())));
+    }
+    process::become_subreaper()?;
+    let (read, write) = socket.into_split();
+    let mut read = BufReader::new(read);
+    let Some(request) = receive::<Request>(&mut read).await else {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the request is not one"));
+    };
+    let (says, waiting) = mpsc::channel(EVENTS_WAITING);
+    let work = answer(request, host, clock, says, read);
+    let ((), written) = tokio::join!(work, forward(waiting, write));
+    written
+}
+
+/// Writes events until there are no more; goes on taking them when the daemon is gone.
+async fn forward(mut waiting: mpsc::Receiver<Event>, mut write: OwnedWriteHalf) -> io::Result<()> {
+    let mut written = Ok(());
+    while let Some(event) = waiting.recv().await {
+        if written.is_ok() {
+            written = send(&mut write, &event).await;
+        }
+    }
+    written
+}
+
+async fn answer(request: Request, host: Result<Host, Failure>, clock: SharedClock, says: mpsc::Sender<Event>, daemon: BufReader<OwnedReadHalf>) {
+    let last = match request {
+        Request::Settle => {
+            if let Ok(host) = &host
+                && let Err(error) = settle::settle_all(host, None, true, &*clock).await
+            {
+                tracing::warn!(event = "not_settled", error = %error);
+            }
+            Event::Settled
+        }
+        Request::Plan { service } => match plan_only(host, &service).await {
+            Ok(plan) => Event::Planned(plan.lines()),
+            Err(failure) => Event::Finished(Box::new(ended_early("", &service, failure, &clock))),
+        },
+        Request::Run { run_uid, service, verb } => {
+            let asked = Asked { run_uid, service, verb };
+            let finished = match host {
+                Ok(host) => asked.run(&host, &clock, &says, daemon).await,
+                Err(failure) => ended_early(&asked.run_uid, &asked.service, failure, &clock),
+            };
+            Event::Finished(Box::new(finished))
+        }
+    };
+    // A daemon that is gone reads the result from the ledger.
+    let _ = says.send(last).await;
+}
+
+async fn plan_only(host: Result<Host, Failure>, service: &str) -> Result<Plan, Failure> {
+    Plan::make(&host?, service, "snapshot", "dry-run").await
+}
+
+fn ended_early(run_uid: &str, service: &str, failure: Failure, clock: &SharedClock) -> Finished {
+    let now = clock.now_ms();
+    let mut record = RunRecord::queued(run_uid.to_owned(), String::new(), service.to_owned(), RunKind::Manual, now);
+    record.unreadable = failure.unreadable;
+    record.unreadable_names = failure.unreadable_names;
+    record.fail(failure.class, failure.message, now);
+    Finished { record, repository_key: None }
+}
+
+fn state_failure(error: &FileError) -> Failure {
+    Failure::of(if error.is_full() { ErrorClass::StateFull } else { ErrorClass::SettingsInvalid }, error)
+}
+
+struct Asked {
+    run_uid: String,
+    service: String,
+    verb: String,
+}
+
+impl Asked {
+    async fn run(&self, host: &Host, clock: &SharedClock, says: &mpsc::Sender<Event>, daemon: BufReader<OwnedReadHalf>) -> Finished {
+        let begun = self.begin(host).and_then(|folder| Ok((folder.lock_alive().map_err(|e| state_failure(&e))?, folder)));
+        let (alive, folder) = match begun {
+            Ok((Some(alive), folder)) => (alive, folder),
+            Ok((None, _)) => return self.early(Failure::new(ErrorClass::Busy, "another process works on this run"), clock),
+            Err(failure) => return self.early(failure, clock),
+        };
+        let left = self.run_in(host, &folder, &alive, clock, says, daemon).await;
+        self.leave(host, &folder, &alive, left).await
+    }
+
+    fn early(&self, failure: Failure, clock: &SharedClock) -> Finished {
+        ended_early(&self.run_uid, &self.service, failure, clock)
+    }
+
+    fn begin(&self, host: &Host) -> Result<RunFolder, Failure> {
+        if uuid::Uuid::parse_str(&self.run_uid).is_err() {
+            return Err(Failure::new(ErrorClass::Refused, "the run id is not a UUID"));
+        }
+        let free = files::free_bytes(&host.state_dir).map_err(|e| state_failure(&e))?;
+        if free < STATE_FREE_BYTES_MIN {
+            let message = format!("the state folder {} has {free} bytes left; a run needs {STATE_FREE_BYTES_MIN}", host.state_dir.display());
+            return Err(Failure::new(ErrorClass::StateFull, message));
+        }
+        let folder = Ledger::of(&host.state_dir).begin(&self.run_uid).map_err(|e| state_failure(&e))?;
+        folder.ok_or_else(|| Failure::new(ErrorClass::Refused, "this run was begun before"))
+    }
+
+    /// Plans and runs. Only what has a plan can have left anything behind.
+    async fn run_in(
+        &self,
+        host: &Host,
+        folder: &RunFolder,
+        alive: &Lock,
+        clock: &SharedClock,
+        says: &mpsc::Sender<Event>,
+        daemon: BufReader<OwnedReadHalf>,
+    ) -> Left {
+        let unbegun = |failure| Left { finished: self.early(failure, clock), settled: true };
+        let plan = match Plan::make(host, &self.service, &self.verb, &self.run_uid).await {
+            Ok(plan) => plan,
+            Err(failure) => return unbegun(failure),
+        };
+        // Held until the run is over.
+        let _service = match Ledger::of(&host.state_dir).lock_service(&self.service) {
+            Ok(Some(lock)) => lock,
+            Ok(None) => return unbegun(Failure::new(ErrorClass::Busy, format!("another run of service `{}` goes on", self.service))),
+            Err(error) => return unbegun(state_failure(&error)),
+        };
+        if let Err(error) = settle::settle_all(host, Some(&self.run_uid), false, &**clock).await {
+            return unbegun(state_failure(&error));
+        }
+        if let Err(error) = folder.write_note(&plan.note()) {
+            return unbegun(state_failure(&error));
+        }
+        let record = self.record(&plan, clock);
+        let driver = Driver::new((host, &plan), (folder, alive), SharedClock::clone(clock), says.clone(), record);
+        let left = driver.run(reason_to_cancel(daemon, host)).await;
+        self.retain(host, &plan, folder, alive, left).await
+    }
+
+    fn record(&self, plan: &Plan, clock: &SharedClock) -> RunRecord {
+        let mut record = RunRecord::queued(self.run_uid.clone(), String::new(), self.service.clone(), RunKind::Manual, clock.now_ms());
+        record.status = RunStatus::Running;
+        record.scope = plan.service.scope();
+        record.job_type = if plan.note().snapshots.is_empty() { "backup" } else { "snapshot" }.to_owned();
+        record.consistency_requested = plan.service.consistency;
+        record.destination.clone_from(&plan.location.destination);
+        record.policy_id = plan.policy.as_ref().map_or(0, |p| p.policy_id);
+        record.warnings.clone_from(&plan.warnings);
+        record
+    }
+
+    /// Removes what retention no longer keeps, after the result of a good run is on disk.
+    async fn retain(&self, host: &Host, plan: &Plan, folder: &RunFolder, alive: &Lock, mut left: Left) -> Left {
+        let Some(rules) = plan.retention().filter(|_| left.finished.record.snapshot_id().is_some()) else { return left };
+        if let Err(error) = folder.write_result(&left.finished) {
+            left.finished.record.fail(state_failure(&error).class, super::messages::chain(&error), left.finished.record.finished_at_ms);
+            left.settled = false;
+            return left;
+        }
+        match self.expire(host, plan, rules, alive).await {
+            Ok(Expired { runs, repository_bytes, warning }) => {
+                left.finished.record.expired_runs = runs;
+                left.finished.record.warnings.extend(warning);
+                left.finished.record.repository_bytes = repository_bytes.unwrap_or(left.finished.record.repository_bytes);
+            }
+            Err(failure) => left.finished.record.warnings.push(format!("retention: {}", failure.message)),
+        }
+        left
+    }
+
+    async fn expire(&self, host: &Host, plan: &Plan, rules: retention::Rules, alive: &Lock) -> Result<Expired, Failure> {
+        let listed = Repository::at(plan.location.clone()).snapshots().await.map_err(|e| Failure::of(e.class(), &e))?;
+        let ledger = Ledger::of(&host.state_dir);
+        let is_good = |run_uid: &str| ledger.run(run_uid).result().ok().flatten().is_some_and(|f| f.record.snapshot_id().is_some());
+        let candidates: Vec<Candidate> = listed
+            .into_iter()
+            .filter(|s| s.service == self.service && is_good(&s.run_uid))
+            .map(|s| Candidate { snapshot_id: s.id, run_uid: s.run_uid, time: s.time })
+            .collect();
+        let newest = candidates.iter().map(|c| c.time).max().unwrap_or_default();
+        let gone = retention::expired(candidates, rules, newest);
+        if gone.is_empty() {
+            return Ok(Expired::default());
+        }
+        if !plan.may_prune {
+            let warning = format!("{} artifacts are past the policy's retention and stay: `prune` is not granted", gone.len());
+            return Ok(Expired { warning: Some(warning), ..Expired::default() });
+        }
+        let work = Work::Expire { snapshot_ids: gone.iter().map(|c| c.snapshot_id.clone()).collect() };
+        let worker = Worker::start(plan.location.clone(), work, alive, None).await?;
+        let end = worker.finish(&CancellationToken::new(), None, |_| {}).await?;
+        let repository_bytes = if let WorkerEvent::Removed { repository_bytes } = end { Some(repository_bytes) } else { None };
+        Ok(Expired { runs: gone.into_iter().map(|c| c.run_uid).collect(), repository_bytes, warning: None })
+    }
+
+    /// Writes the result, which is the moment the run counts, and says whether anything is left to do.
+    async fn leave(&self, host: &Host, folder: &RunFolder, alive: &Lock, left: Left) -> Finished {
+        let Left { mut finished, settled } = left;
+        let written = folder.write_result(&finished).and_then(|()| if settled { folder.settle() } else { Ok(()) });
+        if let Err(error) = written {
+            tracing::error!(event = "result_not_written", error = %error);
+            if finished.record.snapshot_id().is_some() {
+                // A success that is not on disk would be forgotten by recovery: it is none.
+                let now = finished.record.finished_at_ms;
+                finished.record.fail(state_failure(&error).class, super::messages::chain(&error), now);
+                if let Ok(Some(note)) = folder.note() {
+                    settle::forget(&note.location, &self.run_uid, alive).await;
+                }
+                tracing::error!(event = "run_not_kept", state_dir = %host.state_dir.display());
+            }
+        }
+        finished
+    }
+}
+
+#[derive(Default)]
+struct Expired {
+    runs: Vec<String>,
+    repository_bytes: Option<u64>,
+    warning: Option<String>,
+}
+
+async fn reason_to_cancel(mut daemon: BufReader<OwnedReadHalf>, host: &Host) -> Failure {
+    let mut byte = [0];
+    let daemon_gone = daemon.read(&mut byte);
+    let signalled = async {
+        match signal(SignalKind::terminate()) {
+            Ok(mut term) => term.recv().await,
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        _ = daemon_gone => Failure::new(ErrorClass::Interrupted, "the agent's daemon stopped while the run went on"),
+        _ = signalled => Failure::new(ErrorClass::Interrupted, "the runner was told to stop"),
+        failure = time_is_over(host.run_time_max) => failure,
+    }
+}

@@ -1,0 +1,153 @@
+//! The worker process: everything that touches a repository during a run.
+//!
+//! `hestner-agent worker` reads one [`WorkerTask`] from its standard input, says [`WorkerEvent`]s on its
+//! standard output, and ends. It is short-lived, so that its memory is given back, and it is cancelled by
+//! closing its input. For a stream it holds the write end until the runner says that the producer ended
+//! well: whoever is killed first, the archiver is never shown the end of a stream that was cut off.
+
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
+
+use hestner_proto::words::{ErrorClass, Phase};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use tokio::io::BufReader;
+use tokio::net::unix::pipe;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::messages::{Failure, Work, WorkerEvent, WorkerOrder, WorkerTask, receive, send};
+use crate::freeze::Bind;
+use crate::repository::{Job, Progress, Repository, RepositoryError};
+
+/// Progress is said at most so often.
+const PROGRESS_PAUSE: Duration = Duration::from_millis(500);
+/// Events that wait for the runner; a runner that does not read holds the worker up and loses nothing.
+const EVENTS_WAITING: usize = 64;
+
+/// The two ends of a stream's pipe, as the runner handed them down.
+#[derive(Debug)]
+pub struct StreamEnds {
+    /// What the archiver reads.
+    pub read: OwnedFd,
+    /// Held so that the archiver sees no end before the producer has ended well.
+    pub write: OwnedFd,
+}
+
+/// The worker process.
+///
+/// # Errors
+/// When it cannot read its task or say its result.
+pub async fn run(stream: Option<StreamEnds>) -> io::Result<()> {
+    let mut input = BufReader::new(pipe::Receiver::from_owned_fd(io::stdin().as_fd().try_clone_to_owned()?)?);
+    let mut output = pipe::Sender::from_owned_fd(io::stdout().as_fd().try_clone_to_owned()?)?;
+    let task: WorkerTask = receive(&mut input).await.ok_or(io::ErrorKind::UnexpectedEof)?;
+    let repository = Repository::at(task.location);
+    let last = match task.work {
+        Work::Store { job, binds, recovery_recipient } => {
+            let store = Store { repository, job, recovery_recipient };
+            match enter_view(&binds) {
+                Ok(()) => store.run(input, &mut output, stream).await?,
+                Err(error) => WorkerEvent::Failed(Failure::of(ErrorClass::PointFailed, &error)),
+            }
+        }
+        Work::Forget { run_uid } => removed(&repository, repository.forget_run(&run_uid).await),
+        Work::Expire { snapshot_ids } => removed(&repository, repository.expire(&snapshot_ids).await),
+    };
+    send(&mut output, &last).await
+}
+
+fn removed(repository: &Repository, result: Result<(), RepositoryError>) -> WorkerEvent {
+    match result.and_then(|()| repository.size_bytes()) {
+        Ok(repository_bytes) => WorkerEvent::Removed { repository_bytes },
+        Err(error) => WorkerEvent::Failed(failure(&error)),
+    }
+}
+
+/// Shows snapshots in the place of the originals, to this process and its children only: the view ends
+/// with them, so that nothing can stay mounted.
+fn enter_view(binds: &[Bind]) -> io::Result<()> {
+    if binds.is_empty() {
+        return Ok(());
+    }
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    mount(None::<&Path>, "/", None::<&Path>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&Path>)?;
+    for Bind { from, to } in binds {
+        mount(Some(from), to, None::<&Path>, MsFlags::MS_BIND, None::<&Path>)?;
+    }
+    Ok(())
+}
+
+struct Store {
+    repository: Repository,
+    job: Job,
+    recovery_recipient: String,
+}
+
+impl Store {
+    /// Forwards events while the work goes on; the last event is returned.
+    async fn run(self, mut input: BufReader<pipe::Receiver>, output: &mut pipe::Sender, stream: Option<StreamEnds>) -> io::Result<WorkerEvent> {
+        let (events, mut waiting) = mpsc::channel(EVENTS_WAITING);
+        let (read, mut write) = stream.map(|ends| (ends.read, ends.write)).unzip();
+        let cancelled = async {
+            while let Some(WorkerOrder::EndOfStream) = receive(&mut input).await {
+                // The only other holders are the runner, which closes its own, and the producer, which ended.
+                drop(write.take());
+            }
+        };
+        let work = self.work(read, cancelled, events);
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                Some(event) = waiting.recv() => send(output, &event).await?,
+                last = &mut work => {
+                    while let Ok(event) = waiting.try_recv() {
+                        send(output, &event).await?;
+                    }
+                    return Ok(last.unwrap_or_else(|error| WorkerEvent::Failed(failure(&error))));
+                }
+            }
+        }
+    }
+
+    async fn work(&self, stream: Option<OwnedFd>, cancelled: impl Future<Output = ()>, events: mpsc::Sender<WorkerEvent>) -> Result<WorkerEvent, RepositoryError> {
+        let key = self.repository.open_or_make(&self.recovery_recipient).await?;
+        // A receiver that is gone is noticed by whoever writes to it.
+        let _ = events.send(WorkerEvent::Opened(key)).await;
+        let before = self.repository.contents()?;
+        let mut say = Throttle { events: events.clone(), next: Instant::now() };
+        let stored = self.repository.store(&self.job, stream, cancelled, |progress| say.progress(progress)).await?;
+        let _ = events.send(WorkerEvent::Progress { phase: Phase::Verify, progress: Progress::default() }).await;
+        if let Err(error) = self.repository.read_back(&before) {
+            self.repository.forget_run(&self.job.run_uid).await?;
+            return Err(error);
+        }
+        Ok(WorkerEvent::Stored { stored, repository_bytes: self.repository.size_bytes()? })
+    }
+}
+
+struct Throttle {
+    events: mpsc::Sender<WorkerEvent>,
+    next: Instant,
+}
+
+impl Throttle {
+    fn progress(&mut self, progress: Progress) {
+        if Instant::now() >= self.next {
+            self.next = Instant::now() + PROGRESS_PAUSE;
+            // A line of progress that finds no room is no loss; the next one says more.
+            let _ = self.events.try_send(WorkerEvent::Progress { phase: Phase::Archive, progress });
+        }
+    }
+}
+
+fn failure(error: &RepositoryError) -> Failure {
+    let mut failure = Failure::of(error.class(), error);
+    if let RepositoryError::Unreadable(entries) = error {
+        failure.unreadable = entries.unreadable;
+        failure.unreadable_names.clone_from(&entries.names);
+    }
+    failure
+}

@@ -1,0 +1,124 @@
+//! Tests of the store, with a ten-line model of the outbox.
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn open(folder: &Path) -> Store {
+    Store::open(&folder.join("agent.db"), "epoch-1").unwrap()
+}
+
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
+}
+
+#[derive(Clone, Debug)]
+enum Action {
+    Append(u8),
+    AcknowledgeFirst(u8),
+    Reopen,
+}
+
+fn action() -> impl Strategy<Value = Action> {
+    prop_oneof![any::<u8>().prop_map(Action::Append), (0..8_u8).prop_map(Action::AcknowledgeFirst), Just(Action::Reopen)]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// The outbox behaves like a queue that numbers what goes in and never re-uses a number.
+    #[test]
+    fn outbox_is_a_numbered_queue(actions in prop::collection::vec(action(), 1..40)) {
+        let folder = tempfile::tempdir().unwrap();
+        let mut store = open(folder.path());
+        let mut model: Vec<(u64, Vec<u8>)> = Vec::new();
+        let mut next = 1;
+        for action in actions {
+            match action {
+                Action::Append(byte) => {
+                    prop_assert_eq!(block_on(store.append(vec![byte])).unwrap(), next);
+                    model.push((next, vec![byte]));
+                    next += 1;
+                }
+                Action::AcknowledgeFirst(n) => {
+                    if let Some(seq) = model.iter().map(|(seq, _)| *seq).take(usize::from(n)).last() {
+                        block_on(store.acknowledge(seq)).unwrap();
+                        model.retain(|(s, _)| *s > seq);
+                    }
+                }
+                Action::Reopen => {
+                    drop(store);
+                    store = open(folder.path());
+                }
+            }
+            let seen = block_on(store.entries_after(0, 1000)).unwrap();
+            let seen: Vec<_> = seen.into_iter().map(|e| (e.seq, e.body)).collect();
+            prop_assert_eq!(&seen, &model);
+        }
+    }
+}
+
+fn row(uid: &str) -> RunRow {
+    RunRow { run_uid: uid.into(), service: "docs".into(), record: "{}".into() }
+}
+
+#[tokio::test]
+async fn run_is_finished_and_reported_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    store.begin_run(row("a"), b"begun".to_vec(), None).await.unwrap();
+    let finish = || store.finish_run("a".into(), "{\"status\":\"failed\"}".into(), b"ended".to_vec());
+    assert_eq!(finish().await.unwrap(), Unfinished::WasUnfinished);
+    assert_eq!(finish().await.unwrap(), Unfinished::WasFinished);
+    assert_eq!(store.waiting().await.unwrap(), 2);
+    assert!(store.unfinished_runs().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn directive_is_done_once_however_often_it_is_delivered() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    assert!(store.remember("d".into(), 1, 100).await.unwrap());
+    assert!(!store.remember("d".into(), 2, 100).await.unwrap());
+    let refused = Outcome { accepted: false, code: "refused".into(), message: "no".into() };
+    store.conclude("d".into(), refused.clone(), b"r".to_vec()).await.unwrap();
+    store.conclude("d".into(), refused.clone(), b"r".to_vec()).await.unwrap();
+    assert_eq!(store.waiting().await.unwrap(), 1);
+    assert_eq!(store.outcome("d".into()).await.unwrap(), Some(refused));
+}
+
+#[tokio::test]
+async fn directive_that_a_crash_left_open_is_taken_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    assert!(store.remember("d".into(), 1, 100).await.unwrap());
+    assert_eq!(store.forget_inconclusive().await.unwrap(), 1);
+    assert!(store.remember("d".into(), 2, 100).await.unwrap());
+}
+
+#[test]
+fn epoch_stays_with_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    drop(open(folder.path()));
+    let again = Store::open(&folder.path().join("agent.db"), "epoch-2").unwrap();
+    assert_eq!(again.epoch(), "epoch-1");
+}
+
+#[test]
+fn file_of_a_newer_agent_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("agent.db");
+    drop(open(folder.path()));
+    Connection::open(&path).unwrap().pragma_update(None, "user_version", 999).unwrap();
+    let error = Store::open(&path, "x").unwrap_err().to_string();
+    assert!(error.contains("newer agent"), "{error}");
+}
+
+#[test]
+fn damaged_file_is_refused_and_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("agent.db");
+    crate::platform::files::write(&path, &[7; 8192], 0o600).unwrap();
+    assert!(Store::open(&path, "x").is_err());
+    assert!(path.exists());
+}
