@@ -53,7 +53,9 @@ pub enum PointError {
         complaint: String,
     },
     /// Data lies in a subvolume below, which a snapshot of the one above shows as an empty folder.
-    #[error("{nested} is a btrfs subvolume of its own, which a snapshot of {subvolume} does not cover: list it under `paths` by itself or exclude it")]
+    #[error(
+        "{nested} is a btrfs subvolume of its own, which a snapshot of {subvolume} does not cover: list it under `paths` by itself or exclude it"
+    )]
     Nested {
         /// The subvolume below.
         nested: PathBuf,
@@ -61,7 +63,9 @@ pub enum PointError {
         subvolume: PathBuf,
     },
     /// The repository would be read while it is written.
-    #[error("the destination {destination} lies inside the source {path}: a snapshot of it would be mounted over the repository")]
+    #[error(
+        "the destination {destination} lies inside the source {path}: a snapshot of it would be mounted over the repository"
+    )]
     DestinationInside {
         /// The destination.
         destination: PathBuf,
@@ -107,7 +111,12 @@ impl PointPlan {
     ///
     /// # Errors
     /// When the paths cannot be reached, or a snapshot would leave something out.
-    pub async fn of(paths: &[PathBuf], exclude: &[String], run_uid: &str, settings: &Settings) -> Result<Self, PointError> {
+    pub async fn of(
+        paths: &[PathBuf],
+        exclude: &[String],
+        run_uid: &str,
+        settings: &Settings,
+    ) -> Result<Self, PointError> {
         let mounts = Mounts::read()?;
         let mut snapshots: Vec<Snapshot> = Vec::new();
         let mut binds = Vec::new();
@@ -134,7 +143,9 @@ impl PointPlan {
     pub fn check_destination(&self, destination: &Path) -> Result<(), PointError> {
         let Self::Btrfs { binds, .. } = self else { return Ok(()) };
         match binds.iter().find(|bind| destination.starts_with(&bind.to)) {
-            Some(bind) => Err(PointError::DestinationInside { destination: destination.to_owned(), path: bind.to.clone() }),
+            Some(bind) => {
+                Err(PointError::DestinationInside { destination: destination.to_owned(), path: bind.to.clone() })
+            }
             None => Ok(()),
         }
     }
@@ -150,10 +161,23 @@ impl PointPlan {
     }
 }
 
-async fn refuse_nested(subvolume: &Path, paths: &[PathBuf], exclude: &[String], settings: &Settings) -> Result<(), PointError> {
-    let output = btrfs(settings).args(["subvolume", "list", "-o", "--"]).arg(subvolume).run(b"", Limits::seconds(COMMAND_SECONDS)).await?;
+async fn refuse_nested(
+    subvolume: &Path,
+    paths: &[PathBuf],
+    exclude: &[String],
+    settings: &Settings,
+) -> Result<(), PointError> {
+    let output = btrfs(settings)
+        .args(["subvolume", "list", "-o", "--"])
+        .arg(subvolume)
+        .run(b"", Limits::seconds(COMMAND_SECONDS))
+        .await?;
     if !output.status.success() {
-        return Err(PointError::Btrfs { operation: "list the subvolumes of", path: subvolume.to_owned(), complaint: output.complaint() });
+        return Err(PointError::Btrfs {
+            operation: "list the subvolumes of",
+            path: subvolume.to_owned(),
+            complaint: output.complaint(),
+        });
     }
     for line in String::from_utf8_lossy(&output.stdout).lines() {
         // "ID 257 gen 9 top level 256 path a/b": the path counts from the top of the filesystem, which
@@ -205,7 +229,11 @@ impl Frozen {
             let program = btrfs(settings).args(["subvolume", "snapshot", "-r", "--"]).arg(subvolume).arg(path);
             let output = program.run(b"", Limits::seconds(COMMAND_SECONDS)).await?;
             if !output.status.success() {
-                return Err(PointError::Btrfs { operation: "snapshot", path: subvolume.clone(), complaint: output.complaint() });
+                return Err(PointError::Btrfs {
+                    operation: "snapshot",
+                    path: subvolume.clone(),
+                    complaint: output.complaint(),
+                });
             }
         }
         Ok(Point(snapshots.clone()))
@@ -244,7 +272,10 @@ mod tests {
     fn plan(subvolumes: usize) -> PointPlan {
         let snapshot = |i| Snapshot { subvolume: format!("/v{i}").into(), path: format!("/v{i}/.hestner-u").into() };
         let bind = |i| Bind { from: format!("/v{i}/.hestner-u/data").into(), to: format!("/v{i}/data").into() };
-        PointPlan::Btrfs { snapshots: (0..subvolumes).map(snapshot).collect(), binds: (0..subvolumes).map(bind).collect() }
+        PointPlan::Btrfs {
+            snapshots: (0..subvolumes).map(snapshot).collect(),
+            binds: (0..subvolumes).map(bind).collect(),
+        }
     }
 
     #[test]

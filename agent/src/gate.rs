@@ -27,7 +27,9 @@ fn refuse<T>(class: ErrorClass, message: String) -> Result<T, Refusal> {
 pub fn decide(grants: &Grants, service: &str, verb: Verb) -> Result<(), Refusal> {
     match grants.get(service, verb) {
         GrantValue::Allow => Ok(()),
-        GrantValue::Deny => refuse(ErrorClass::Refused, format!("the host's grants deny `{verb}` for service `{service}`")),
+        GrantValue::Deny => {
+            refuse(ErrorClass::Refused, format!("the host's grants deny `{verb}` for service `{service}`"))
+        }
         GrantValue::Confirm => refuse(
             ErrorClass::Refused,
             format!("the host's grants want a person to confirm `{verb}` for service `{service}`, and nobody has"),
@@ -65,7 +67,10 @@ pub fn check_policy(policy: &Policy, destinations: &[DestinationSettings], floor
 /// # Errors
 /// A sentence that names the mistake. A file with a mistake grants nothing.
 pub fn parse_grants(text: &str) -> Result<Grants, String> {
-    type File = std::collections::BTreeMap<String, std::collections::BTreeMap<String, std::collections::BTreeMap<String, GrantValue>>>;
+    type File = std::collections::BTreeMap<
+        String,
+        std::collections::BTreeMap<String, std::collections::BTreeMap<String, GrantValue>>,
+    >;
     let file: File = toml::from_str(text).map_err(|error| error.to_string())?;
     let mut grants = Grants::default();
     for (section, services) in file {
@@ -84,7 +89,9 @@ pub fn parse_grants(text: &str) -> Result<Grants, String> {
 
 /// The text of a grants file.
 pub fn render_grants(grants: &Grants) -> String {
-    let mut text = String::from("# What the centre may ask of this host. Written by `hestner-agent grants`; `deny` where nothing stands.\n");
+    let mut text = String::from(
+        "# What the centre may ask of this host. Written by `hestner-agent grants`; `deny` where nothing stands.\n",
+    );
     let mut last = None;
     for (service, verb, value) in grants.iter() {
         if last != Some(service) {
@@ -130,7 +137,12 @@ mod tests {
 
     #[test]
     fn grants_file_with_any_mistake_is_refused_whole() {
-        for text in ["[services.docs]\nformat = \"allow\"", "[services.docs]\nsnapshot = \"yes\"", "[service.docs]\nsnapshot = \"allow\"", "x"] {
+        for text in [
+            "[services.docs]\nformat = \"allow\"",
+            "[services.docs]\nsnapshot = \"yes\"",
+            "[service.docs]\nsnapshot = \"allow\"",
+            "x",
+        ] {
             assert!(parse_grants(text).is_err(), "{text}");
         }
     }

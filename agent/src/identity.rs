@@ -89,9 +89,13 @@ impl Identity {
         let (id, not_before, not_after) = {
             let (_, parsed) = X509Certificate::from_der(&certificate).map_err(|_| bad("it is not X.509"))?;
             let names = parsed.subject_alternative_name().ok().flatten().ok_or_else(|| bad("it names nobody"))?;
-            let [GeneralName::URI(uri)] = names.value.general_names[..] else { return Err(bad("it must name one URI")) };
+            let [GeneralName::URI(uri)] = names.value.general_names[..] else {
+                return Err(bad("it must name one URI"));
+            };
             let id: AgentId = uri.parse().map_err(|_| bad("its URI is not an agent's identity"))?;
-            let time = |t: x509_parser::time::ASN1Time| DateTime::from_timestamp(t.timestamp(), 0).ok_or_else(|| bad("its validity"));
+            let time = |t: x509_parser::time::ASN1Time| {
+                DateTime::from_timestamp(t.timestamp(), 0).ok_or_else(|| bad("its validity"))
+            };
             (id, time(parsed.validity().not_before)?, time(parsed.validity().not_after)?)
         };
         Ok(Self { id, not_before, not_after, certificate, ca, key_pkcs8: Zeroizing::new(key_pkcs8.to_vec()) })
@@ -114,8 +118,9 @@ impl Identity {
 
     fn to_pem(&self) -> Zeroizing<String> {
         let part = |tag: &str, der: &[u8]| pem::encode(&pem::Pem::new(tag, der));
-        let [key, own, ca] = [("PRIVATE KEY", &self.key_pkcs8[..]), ("CERTIFICATE", &self.certificate), ("CERTIFICATE", &self.ca)]
-            .map(|(tag, der)| Zeroizing::new(part(tag, der)));
+        let [key, own, ca] =
+            [("PRIVATE KEY", &self.key_pkcs8[..]), ("CERTIFICATE", &self.certificate), ("CERTIFICATE", &self.ca)]
+                .map(|(tag, der)| Zeroizing::new(part(tag, der)));
         Zeroizing::new(format!("{}{}{}", *key, *own, *ca))
     }
 }
@@ -190,7 +195,8 @@ impl Keeper {
         let path = self.folder.join("enrolling.pem");
         match files::read(&path, IDENTITY_BYTES_MAX) {
             Ok(bytes) => {
-                let text = String::from_utf8(bytes).map_err(|_| IdentityError::Damaged { path, reason: "it is not PEM".to_owned() })?;
+                let text = String::from_utf8(bytes)
+                    .map_err(|_| IdentityError::Damaged { path, reason: "it is not PEM".to_owned() })?;
                 Request::with_key(Zeroizing::new(text))
             }
             Err(error) if error.is_missing() => {

@@ -19,3 +19,15 @@ pub mod repository;
 pub mod source;
 
 pub mod run;
+
+pub mod heartbeat;
+pub mod inventory;
+pub mod scheduler;
+
+pub mod control;
+pub mod enrolment;
+pub mod session;
+
+pub mod daemon;
+
+pub mod cli;

@@ -25,6 +25,7 @@ const POLICY_BYTES_MAX: u64 = 64 * 1024;
 /// Something on this server that can be snapshotted.
 #[derive(Clone, Debug, Deserialize, TomlExample)]
 #[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "a section is described by its own type, and once in the generated file")]
 pub struct ServiceSettings {
     /// Name of the service: letters, digits, `_`, `.` and `-`.
     #[toml_example(default = "docs")]
@@ -36,10 +37,8 @@ pub struct ServiceSettings {
     #[serde(default = "no_consistency")]
     #[toml_example(default = "none")]
     pub consistency: Consistency,
-    /// How its data is read.
     #[toml_example(nesting)]
     pub source: SourceSettings,
-    /// Commands around the point in time, in this order; released in reverse order.
     #[serde(default, rename = "hook")]
     #[toml_example(nesting)]
     pub hooks: Vec<HookSettings>,
@@ -228,7 +227,8 @@ impl SourceSettings {
                     found.push("a source of kind `command` needs a `file_name` without `/`".to_owned());
                 }
                 if !self.paths.is_empty() || !self.exclude.is_empty() || self.one_file_system {
-                    found.push("`paths`, `exclude` and `one_file_system` belong to a source of kind `files`".to_owned());
+                    found
+                        .push("`paths`, `exclude` and `one_file_system` belong to a source of kind `files`".to_owned());
                 }
             }
         }
@@ -242,7 +242,9 @@ impl HookSettings {
         if let Err(reason) = check_name(&self.name) {
             found.push(format!("hook `{}`: {reason}", self.name));
         }
-        for (key, argv) in [("pre_freeze", &self.pre_freeze), ("post_thaw", &self.post_thaw), ("freeze_failed", &self.freeze_failed)] {
+        for (key, argv) in
+            [("pre_freeze", &self.pre_freeze), ("post_thaw", &self.post_thaw), ("freeze_failed", &self.freeze_failed)]
+        {
             found.extend(program_mistake(key, argv).map(|reason| format!("hook `{}`: {reason}", self.name)));
         }
         if self.pre_freeze.is_empty() && self.post_thaw.is_empty() {
@@ -257,7 +259,8 @@ impl HookSettings {
 
 fn program_mistake(key: &str, argv: &[String]) -> Option<String> {
     let program = argv.first()?;
-    (!Path::new(program).is_absolute()).then(|| format!("the program of `{key}` must be an absolute path, not `{program}`"))
+    (!Path::new(program).is_absolute())
+        .then(|| format!("the program of `{key}` must be an absolute path, not `{program}`"))
 }
 
 /// Checks a name that becomes part of file names and of labels.

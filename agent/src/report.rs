@@ -259,7 +259,12 @@ impl Report {
             Self::Run(record) => Body::Run(record.to_wire()),
             Self::DirectiveOutcome { directive_id, refusal } => {
                 let (code, message) = refusal.clone().unwrap_or_default();
-                Body::DirectiveOutcome(v1::DirectiveOutcome { directive_id: directive_id.clone(), accepted: refusal.is_none(), code, message })
+                Body::DirectiveOutcome(v1::DirectiveOutcome {
+                    directive_id: directive_id.clone(),
+                    accepted: refusal.is_none(),
+                    code,
+                    message,
+                })
             }
             Self::Usage(usage) => Body::Usage(v1::Usage {
                 hour_start_ms: usage.hour_start_ms,
@@ -298,7 +303,11 @@ mod tests {
 
     #[test]
     fn open_key_is_not_printed() {
-        let key = RepositoryKey { repository_id: "r".into(), destination: "d".into(), key: EscrowedKey::Open("secret".into()) };
+        let key = RepositoryKey {
+            repository_id: "r".into(),
+            destination: "d".into(),
+            key: EscrowedKey::Open("secret".into()),
+        };
         assert!(!format!("{key:?}").contains("secret"));
     }
 }

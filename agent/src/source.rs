@@ -4,9 +4,11 @@
 //! Reads names and numbers, never contents. The archiver may exit with 0 although one of two paths was
 //! missing, so the paths are looked at here before and after it ran.
 
+use std::fs::FileType;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 /// A btrfs subvolume's root has this inode number
 /// (<https://btrfs.readthedocs.io/en/latest/btrfs-subvolume.html>).
@@ -43,6 +45,9 @@ pub struct Paths(Vec<(PathBuf, FileId)>);
 struct FileId {
     device: u64,
     inode: u64,
+    /// A filesystem gives the number of a removed file to the next one: kind and birth tell them apart.
+    kind: FileType,
+    born: Option<SystemTime>,
 }
 
 impl Paths {
@@ -70,7 +75,12 @@ impl Paths {
 
 fn file_id(path: &Path) -> Result<FileId, SourceError> {
     match path.symlink_metadata() {
-        Ok(metadata) => Ok(FileId { device: metadata.dev(), inode: metadata.ino() }),
+        Ok(metadata) => Ok(FileId {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            kind: metadata.file_type(),
+            born: metadata.created().ok(),
+        }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Err(SourceError::Missing(path.to_owned())),
         Err(source) => Err(SourceError::Unreachable { path: path.to_owned(), source }),
     }
@@ -95,7 +105,9 @@ pub fn unstorable_links(paths: &[PathBuf], exclude: &[String], limit: usize) -> 
         } else if metadata.is_dir() {
             // The kind of an entry comes with the listing: plain files cost no further call.
             let entries = path.read_dir().into_iter().flatten().flatten();
-            queue.extend(entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir() || t.is_symlink())).map(|e| e.path()));
+            queue.extend(
+                entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir() || t.is_symlink())).map(|e| e.path()),
+            );
         }
     }
     found

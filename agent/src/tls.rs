@@ -64,7 +64,8 @@ impl PinnedCa {
     /// Never with the provider used here.
     pub fn config(self: &Arc<Self>) -> Result<ClientConfig, TlsError> {
         let verifier: Arc<dyn ServerCertVerifier> = Arc::clone(self) as _;
-        let config = builder(&self.provider)?.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth();
+        let config =
+            builder(&self.provider)?.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth();
         Ok(finish(config))
     }
 }
@@ -117,7 +118,11 @@ impl ServerCertVerifier for PinnedCa {
 ///
 /// # Errors
 /// When certificate and key do not fit together or cannot be read.
-pub fn mutual(ca: CertificateDer<'static>, own: CertificateDer<'static>, key: PrivateKeyDer<'static>) -> Result<ClientConfig, TlsError> {
+pub fn mutual(
+    ca: CertificateDer<'static>,
+    own: CertificateDer<'static>,
+    key: PrivateKeyDer<'static>,
+) -> Result<ClientConfig, TlsError> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let mut roots = RootCertStore::empty();
     roots.add(ca)?;
@@ -126,7 +131,9 @@ pub fn mutual(ca: CertificateDer<'static>, own: CertificateDer<'static>, key: Pr
     Ok(finish(config))
 }
 
-fn builder(provider: &Arc<CryptoProvider>) -> Result<rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier>, TlsError> {
+fn builder(
+    provider: &Arc<CryptoProvider>,
+) -> Result<rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier>, TlsError> {
     Ok(ClientConfig::builder_with_provider(Arc::clone(provider)).with_protocol_versions(&[&rustls::version::TLS13])?)
 }
 

@@ -251,13 +251,19 @@ impl ErrorClass {
     /// What a person should do next.
     pub fn next_step(self) -> &'static str {
         match self {
-            Self::Refused => "allow it on the host with `hestner-agent grants allow SERVICE VERB`, if it should be allowed",
+            Self::Refused => {
+                "allow it on the host with `hestner-agent grants allow SERVICE VERB`, if it should be allowed"
+            }
             Self::UnknownVerb => "use one of the verbs that `hestner-agent grants list` shows",
             Self::UnknownService => "name a [[service]] of agent.toml; `hestner-agent status` lists them",
             Self::UnknownDestination => "name a [[destination]] of agent.toml",
-            Self::EncryptionRequired => "leave encryption on, or set `allow_unencrypted = true` under [floor] on the host",
+            Self::EncryptionRequired => {
+                "leave encryption on, or set `allow_unencrypted = true` under [floor] on the host"
+            }
             Self::RetentionBelowFloor => "keep at least what [floor] in agent.toml demands",
-            Self::UnsafePermissions => "give the file and all folders above it to root and take write access from others",
+            Self::UnsafePermissions => {
+                "give the file and all folders above it to root and take write access from others"
+            }
             Self::SettingsInvalid => "mend agent.toml; `hestner-agent status` names every mistake",
             Self::Busy => "wait for the run in progress to end",
             Self::HookFailed => "read the hook's output in the run's log tail and try the hook by hand",
@@ -269,7 +275,9 @@ impl ErrorClass {
             Self::ArchiverFailed => "read the archiver's output in the run's log tail",
             Self::ArchiverKilled => "look for who killed it (out of memory?) and run again",
             Self::WorkerKilled => "look for who killed it (out of memory?) and run again",
-            Self::RepositoryWrongKey => "bring back the repository's password file, or open the escrowed key with the recovery key",
+            Self::RepositoryWrongKey => {
+                "bring back the repository's password file, or open the escrowed key with the recovery key"
+            }
             Self::RepositoryUnavailable => "check that the destination's folder exists and can be written",
             Self::DestinationFull => "make room at the destination or shorten retention",
             Self::StateFull => "make room in the agent's state folder",

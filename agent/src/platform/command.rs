@@ -143,6 +143,18 @@ impl Program {
         command.spawn().map_err(|source| CommandError::Start { program: self.path.clone(), source })
     }
 
+    /// Starts it so that it outlives this process: it has to bring its own work to an end.
+    ///
+    /// # Errors
+    /// [`CommandError::Start`].
+    pub fn spawn_independent(&self, streams: Streams) -> Result<tokio::process::Child, CommandError> {
+        let mut command = self.prepare();
+        command.stdin(streams.stdin).stdout(streams.stdout).stderr(streams.stderr);
+        process::detach(&mut command, None);
+        let spawned = tokio::process::Command::from(command).spawn();
+        spawned.map_err(|source| CommandError::Start { program: self.path.clone(), source })
+    }
+
     /// Runs it to its end.
     ///
     /// # Errors
@@ -159,8 +171,12 @@ impl Program {
             }
         };
         let all = async {
-            let ((), stdout, stderr, status) =
-                tokio::join!(feed, read_bounded(out, limits.output_bytes_max), read_bounded(err, limits.output_bytes_max), child.wait());
+            let ((), stdout, stderr, status) = tokio::join!(
+                feed,
+                read_bounded(out, limits.output_bytes_max),
+                read_bounded(err, limits.output_bytes_max),
+                child.wait()
+            );
             Ok(Output { status: status.map_err(pipe)?, stdout: stdout.map_err(pipe)?, stderr: stderr.map_err(pipe)? })
         };
         match tokio::time::timeout(limits.timeout, all).await {

@@ -81,7 +81,10 @@ pub fn create_new(path: &Path, bytes: &[u8]) -> Result<bool, FileError> {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(false),
         Err(error) => return Err(failed("make", path)(error)),
     };
-    file.write_all(bytes).and_then(|()| file.sync_all()).and_then(|()| sync_folder_of(path)).map_err(failed("make", path))?;
+    file.write_all(bytes)
+        .and_then(|()| file.sync_all())
+        .and_then(|()| sync_folder_of(path))
+        .map_err(failed("make", path))?;
     Ok(true)
 }
 

@@ -96,7 +96,9 @@ impl RepositoryError {
     /// The stable class.
     pub fn class(&self) -> ErrorClass {
         match self {
-            Self::NoFolder(_) | Self::Gone(_) | Self::Locked(_) | Self::RecoveryKey(_) => ErrorClass::RepositoryUnavailable,
+            Self::NoFolder(_) | Self::Gone(_) | Self::Locked(_) | Self::RecoveryKey(_) => {
+                ErrorClass::RepositoryUnavailable
+            }
             Self::NoPassword(_) | Self::WrongKey(_) => ErrorClass::RepositoryWrongKey,
             Self::Full(_) => ErrorClass::DestinationFull,
             Self::File(error) if error.is_full() => ErrorClass::DestinationFull,

@@ -33,7 +33,12 @@ pub(super) fn make_password(path: &Path) -> Result<(), RepositoryError> {
 }
 
 /// The key as the company gets it: the wrapped file that lies beside the repository, or a new one.
-pub(super) fn escrow(password_file: &Path, mode: Mode, repository: &Path, recipient: &str) -> Result<EscrowedKey, RepositoryError> {
+pub(super) fn escrow(
+    password_file: &Path,
+    mode: Mode,
+    repository: &Path,
+    recipient: &str,
+) -> Result<EscrowedKey, RepositoryError> {
     let password = files::read(password_file, KEY_BYTES_MAX)?;
     if mode == Mode::Open {
         return Ok(EscrowedKey::Open(String::from_utf8_lossy(&password).into_owned()));
@@ -61,7 +66,8 @@ pub(super) fn lay_beside(repository: &Path, key: &RepositoryKey) -> Result<(), R
 }
 
 fn wrap(password: &[u8], recipient: &str) -> Result<Vec<u8>, RepositoryError> {
-    let recipient: age::x25519::Recipient = recipient.parse().map_err(|error: &str| RepositoryError::RecoveryKey(error.to_owned()))?;
+    let recipient: age::x25519::Recipient =
+        recipient.parse().map_err(|error: &str| RepositoryError::RecoveryKey(error.to_owned()))?;
     age::encrypt(&recipient, password).map_err(|error| {
         // The error could hold no secret, but nothing says so; its hash tells two errors apart.
         RepositoryError::RecoveryKey(format!("encryption failed ({})", &sha256_hex(error.to_string().as_bytes())[..8]))

@@ -7,8 +7,8 @@
 
 use std::path::Path;
 
-use super::restic::{LockFile, Restic};
 use super::RepositoryError;
+use super::restic::{LockFile, Restic};
 use crate::platform::{files, process};
 
 pub(super) async fn clear_stale(engine: &Restic, repository: &Path) -> Result<(), RepositoryError> {

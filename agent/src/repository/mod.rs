@@ -104,7 +104,13 @@ pub struct Location {
 
 impl Location {
     /// The repository of a server at one destination.
-    pub fn new(destination: &DestinationSettings, mode: Mode, server_id: i64, state_dir: &Path, settings: &Settings) -> Self {
+    pub fn new(
+        destination: &DestinationSettings,
+        mode: Mode,
+        server_id: i64,
+        state_dir: &Path,
+        settings: &Settings,
+    ) -> Self {
         let cache = match settings.cache_dir.as_os_str().is_empty() {
             true => state_dir.join("cache"),
             false => settings.cache_dir.clone(),
@@ -258,8 +264,17 @@ impl Repository {
     }
 
     fn key(&self, repository_id: &str, recovery_recipient: &str) -> Result<RepositoryKey, RepositoryError> {
-        let key = keys::escrow(&self.location.password_file(), self.location.mode, &self.location.path(), recovery_recipient)?;
-        Ok(RepositoryKey { repository_id: repository_id.to_owned(), destination: self.location.destination.clone(), key })
+        let key = keys::escrow(
+            &self.location.password_file(),
+            self.location.mode,
+            &self.location.path(),
+            recovery_recipient,
+        )?;
+        Ok(RepositoryKey {
+            repository_id: repository_id.to_owned(),
+            destination: self.location.destination.clone(),
+            key,
+        })
     }
 
     /// Stores a job, and returns only what is whole: every byte read, every object synced by restic.
@@ -300,10 +315,13 @@ impl Repository {
     async fn full_id(&self, run_uid: &str, short: &str) -> Result<String, RepositoryError> {
         let folder = self.location.path().join("snapshots");
         let entries = std::fs::read_dir(&folder).map_err(files::failed("list", &folder))?;
-        let mut found = entries.flatten().filter_map(|e| e.file_name().into_string().ok()).filter(|name| name.starts_with(short));
+        let mut found =
+            entries.flatten().filter_map(|e| e.file_name().into_string().ok()).filter(|name| name.starts_with(short));
         match (found.next(), found.next()) {
             (Some(id), None) => Ok(id),
-            _ => Err(RepositoryError::Surprise(format!("the snapshot {short} of run {run_uid} is not in the repository"))),
+            _ => Err(RepositoryError::Surprise(format!(
+                "the snapshot {short} of run {run_uid} is not in the repository"
+            ))),
         }
     }
 

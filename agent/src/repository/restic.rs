@@ -112,7 +112,8 @@ impl Restic {
             .arg(&location.cache)
             .env("RESTIC_PROGRESS_FPS", "2");
         // The kernel shows 15 bytes of a program's name.
-        let name = location.restic.file_name().map(|n| n.to_string_lossy().chars().take(15).collect()).unwrap_or_default();
+        let name =
+            location.restic.file_name().map(|n| n.to_string_lossy().chars().take(15).collect()).unwrap_or_default();
         Self {
             program,
             program_name: name,
@@ -155,8 +156,14 @@ impl Restic {
         }
         let output = self.run("list snapshots", &["--no-lock", "snapshots"], LOOK).await?;
         let listed: Vec<Listed> = parse("list snapshots", &output.stdout)?;
-        let tag = |tags: &[String], key: &str| tags.iter().find_map(|t| t.strip_prefix(key)).unwrap_or_default().to_owned();
-        let snapshot = |l: Listed| Snapshot { run_uid: tag(&l.tags, "run="), service: tag(&l.tags, "service="), id: l.id, time: l.time };
+        let tag =
+            |tags: &[String], key: &str| tags.iter().find_map(|t| t.strip_prefix(key)).unwrap_or_default().to_owned();
+        let snapshot = |l: Listed| Snapshot {
+            run_uid: tag(&l.tags, "run="),
+            service: tag(&l.tags, "service="),
+            id: l.id,
+            time: l.time,
+        };
         Ok(listed.into_iter().map(snapshot).collect())
     }
 
@@ -201,13 +208,14 @@ impl Restic {
         let follow = async {
             tokio::join!(
                 read_lines(stdout, |line| match serde_json::from_str(line) {
-                    Ok(Line::Status { seconds_remaining, total_files, files_done, total_bytes, bytes_done }) => on_progress(Progress {
-                        bytes_done,
-                        bytes_total: total_bytes,
-                        files_done,
-                        files_total: total_files,
-                        seconds_remaining
-                    }),
+                    Ok(Line::Status { seconds_remaining, total_files, files_done, total_bytes, bytes_done }) =>
+                        on_progress(Progress {
+                            bytes_done,
+                            bytes_total: total_bytes,
+                            files_done,
+                            files_total: total_files,
+                            seconds_remaining
+                        }),
                     Ok(Line::Summary { data_added, total_files_processed, total_bytes_processed, snapshot_id }) => {
                         ended.snapshot_id = Some(snapshot_id);
                         ended.bytes_read = total_bytes_processed;
@@ -254,7 +262,12 @@ impl Restic {
         }
     }
 
-    async fn run(&self, operation: &'static str, arguments: &[&str], limits: Limits) -> Result<Output, RepositoryError> {
+    async fn run(
+        &self,
+        operation: &'static str,
+        arguments: &[&str],
+        limits: Limits,
+    ) -> Result<Output, RepositoryError> {
         let output = self.program.clone().args(arguments).run(b"", limits).await?;
         self.judge(operation, output)
     }
@@ -264,14 +277,20 @@ impl Restic {
         let give_up = tokio::time::Instant::now() + self.lock_wait;
         loop {
             match self.run(operation, arguments, WORK).await {
-                Err(RepositoryError::Locked(_)) if tokio::time::Instant::now() < give_up => tokio::time::sleep(LOCK_PAUSE).await,
+                Err(RepositoryError::Locked(_)) if tokio::time::Instant::now() < give_up => {
+                    tokio::time::sleep(LOCK_PAUSE).await
+                }
                 other => return other.map(drop),
             }
         }
     }
 
     fn judge(&self, operation: &'static str, output: Output) -> Result<Output, RepositoryError> {
-        if output.status.success() { Ok(output) } else { Err(self.explain(operation, output.status, &output.complaint())) }
+        if output.status.success() {
+            Ok(output)
+        } else {
+            Err(self.explain(operation, output.status, &output.complaint()))
+        }
     }
 
     fn explain(&self, operation: &'static str, status: ExitStatus, complaint: &str) -> RepositoryError {
@@ -293,7 +312,8 @@ impl Restic {
 }
 
 fn parse<T: for<'de> Deserialize<'de>>(operation: &'static str, bytes: &[u8]) -> Result<T, RepositoryError> {
-    serde_json::from_slice(bytes).map_err(|error| RepositoryError::Failed { operation, complaint: format!("unexpected output: {error}") })
+    serde_json::from_slice(bytes)
+        .map_err(|error| RepositoryError::Failed { operation, complaint: format!("unexpected output: {error}") })
 }
 
 /// Collects what restic complains about.
@@ -390,7 +410,8 @@ mod tests {
 
     #[test]
     fn entry_without_an_errno_vanished_only_if_it_is_not_there_now() {
-        let error = |item: &str| format!(r#"{{"message_type":"error","error":{{}},"during":"archival","item":"{item}"}}"#);
+        let error =
+            |item: &str| format!(r#"{{"message_type":"error","error":{{}},"during":"archival","item":"{item}"}}"#);
         let entries = taken(&[&error("/etc"), &error("/no/such/b"), &error("/no/such/\u{FFFD}")]);
         assert_eq!((entries.unreadable, entries.vanished), (2, 1));
     }

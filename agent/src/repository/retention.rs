@@ -49,7 +49,11 @@ mod tests {
     }
 
     fn aged(hours: &[i64]) -> Vec<Candidate> {
-        let one = |h: &i64| Candidate { snapshot_id: h.to_string(), run_uid: h.to_string(), time: now() - TimeDelta::hours(*h) };
+        let one = |h: &i64| Candidate {
+            snapshot_id: h.to_string(),
+            run_uid: h.to_string(),
+            time: now() - TimeDelta::hours(*h),
+        };
         hours.iter().map(one).collect()
     }
 

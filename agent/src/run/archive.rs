@@ -67,13 +67,19 @@ impl<'a> Producer<'a> {
 }
 
 impl Worker {
-    pub(super) async fn start(location: Location, work: Work, alive: &Lock, producer: Option<&Producer<'_>>) -> Result<Self, Failure> {
+    pub(super) async fn start(
+        location: Location,
+        work: Work,
+        alive: &Lock,
+        producer: Option<&Producer<'_>>,
+    ) -> Result<Self, Failure> {
         let program = Program::own().map_err(|e| Failure::of(ErrorClass::WorkerKilled, &e))?.arg("worker");
         let mut inherit: Vec<&dyn AsFd> = vec![&**alive];
         let program = match producer {
             Some(Producer { read, write: Some(write), .. }) => {
                 inherit.extend([read as &dyn AsFd, write]);
-                program.args(["--stream-read".to_owned(), hook::number_of(read).to_string()])
+                program
+                    .args(["--stream-read".to_owned(), hook::number_of(read).to_string()])
                     .args(["--stream-write".to_owned(), hook::number_of(write).to_string()])
             }
             _ => program,
@@ -83,7 +89,9 @@ impl Worker {
         let (Some(mut orders), Some(events)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(Failure::new(ErrorClass::WorkerKilled, "the worker has no standard streams"));
         };
-        send(&mut orders, &WorkerTask { location, work }).await.map_err(|e| Failure::of(ErrorClass::WorkerKilled, &e))?;
+        send(&mut orders, &WorkerTask { location, work })
+            .await
+            .map_err(|e| Failure::of(ErrorClass::WorkerKilled, &e))?;
         Ok(Self { child, orders: Some(orders), events: BufReader::new(events) })
     }
 
@@ -188,7 +196,10 @@ fn producer_failure(ended: Result<hook::Ended, hook::HookError>, stopped: &Cance
         _ if stopped.is_cancelled() => None,
         Ok(ended) => {
             let output = crate::platform::command::printable(&ended.output);
-            Some(Failure::new(ErrorClass::ProducerFailed, format!("the program of the stream {}: {output}", ended.description())))
+            Some(Failure::new(
+                ErrorClass::ProducerFailed,
+                format!("the program of the stream {}: {output}", ended.description()),
+            ))
         }
         Err(error) => Some(Failure::of(ErrorClass::ProducerFailed, &error)),
     }

@@ -129,7 +129,8 @@ impl<'a> Driver<'a> {
                 self.record.end(now);
             }
             (failure, _) => {
-                let failure = failure.unwrap_or_else(|| Failure::new(ErrorClass::Interrupted, "the run ended without a result"));
+                let failure =
+                    failure.unwrap_or_else(|| Failure::new(ErrorClass::Interrupted, "the run ended without a result"));
                 self.record.unreadable = failure.unreadable;
                 self.record.unreadable_names = failure.unreadable_names;
                 self.record.repository_bytes = 0;
@@ -150,7 +151,13 @@ impl<'a> Driver<'a> {
         let _ = self.says.send(Event::Progress { phase, progress: Progress::default() }).await;
     }
 
-    async fn perform(&mut self, action: Action, stop: &CancellationToken, failed: bool, settled: &mut bool) -> machine::Event {
+    async fn perform(
+        &mut self,
+        action: Action,
+        stop: &CancellationToken,
+        failed: bool,
+        settled: &mut bool,
+    ) -> machine::Event {
         use machine::Event as E;
         match action {
             Action::Prepare(i) => self.prepare(i, stop).await,
@@ -210,7 +217,13 @@ impl<'a> Driver<'a> {
         event
     }
 
-    async fn call(&mut self, hook: &HookSettings, argv: &[String], name: &str, stop: &CancellationToken) -> machine::Event {
+    async fn call(
+        &mut self,
+        hook: &HookSettings,
+        argv: &[String],
+        name: &str,
+        stop: &CancellationToken,
+    ) -> machine::Event {
         if argv.is_empty() {
             return machine::Event::HookSucceeded;
         }
@@ -283,7 +296,11 @@ impl<'a> Driver<'a> {
             Input::Stream { .. } => Some(Producer::new(&plan.service, self.host.run_time_max)?),
             Input::Files { .. } => None,
         };
-        let job = Job { run_uid: self.record.run_uid.clone(), service: self.record.service.clone(), input: plan.input.clone() };
+        let job = Job {
+            run_uid: self.record.run_uid.clone(),
+            service: self.record.service.clone(),
+            input: plan.input.clone(),
+        };
         let binds = match &plan.point {
             PointPlan::Live => Vec::new(),
             PointPlan::Btrfs { binds, .. } => binds.clone(),
@@ -303,7 +320,10 @@ impl<'a> Driver<'a> {
             }
         });
         let WorkerEvent::Stored { stored, repository_bytes } = last.await? else {
-            return Err(Failure::new(ErrorClass::WorkerKilled, "the worker ended with another result than was asked for"));
+            return Err(Failure::new(
+                ErrorClass::WorkerKilled,
+                "the worker ended with another result than was asked for",
+            ));
         };
         if let Some(paths) = &plan.paths {
             paths.look_again().map_err(|e| Failure::of(ErrorClass::SourceMissing, &e))?;

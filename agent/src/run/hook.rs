@@ -92,7 +92,10 @@ impl Ended {
 /// When the supervisor cannot be started or dies without an answer; what the hook had started is then
 /// killed here.
 pub async fn run(spec: &Spec, stop: &CancellationToken, inherit: &[&dyn AsFd]) -> Result<Ended, HookError> {
-    let mut child = Program::own().map_err(HookError::Pipe)?.arg("hook").spawn(Streams { stderr: Stdio::inherit(), ..Streams::piped() }, inherit)?;
+    let mut child = Program::own()
+        .map_err(HookError::Pipe)?
+        .arg("hook")
+        .spawn(Streams { stderr: Stdio::inherit(), ..Streams::piped() }, inherit)?;
     let (mut input, mut answer) = (child.stdin.take(), child.stdout.take());
     let mut line = serde_json::to_vec(spec).unwrap_or_default();
     line.push(b'\n');

@@ -13,14 +13,14 @@ const KEYS: &[&str] = &["password", "passwd", "pwd", "secret", "token", "api_key
 
 /// The last lines of a run.
 #[derive(Debug, Default)]
-pub struct Tail {
+pub(super) struct Tail {
     lines: VecDeque<String>,
     bytes: usize,
 }
 
 impl Tail {
     /// Adds output under a name.
-    pub fn add(&mut self, who: &str, output: &[u8]) {
+    pub(super) fn add(&mut self, who: &str, output: &[u8]) {
         for line in output.split(|b| *b == b'\n').filter(|line| !line.is_empty()) {
             let line = format!("{who}: {}", mask(&printable(line)));
             self.bytes += line.len() + 1;
@@ -33,7 +33,7 @@ impl Tail {
     }
 
     /// All of it.
-    pub fn text(&self) -> String {
+    pub(super) fn text(&self) -> String {
         self.lines.iter().cloned().collect::<Vec<_>>().join("\n")
     }
 }
@@ -49,7 +49,9 @@ fn mask_keys(line: &str) -> String {
     let mut at = 0;
     while at < line.len() {
         let key = KEYS.iter().find(|key| lower[at..].starts_with(**key));
-        let Some(value) = key.and_then(|key| value_behind(&line[at + key.len()..]).map(|(skip, len)| (key.len() + skip, len))) else {
+        let Some(value) =
+            key.and_then(|key| value_behind(&line[at + key.len()..]).map(|(skip, len)| (key.len() + skip, len)))
+        else {
             let step = line[at..].chars().next().map_or(1, char::len_utf8);
             out.push_str(&line[at..at + step]);
             at += step;
@@ -71,7 +73,8 @@ fn value_behind(rest: &str) -> Option<(usize, usize)> {
         return None;
     }
     // "Authorization: Basic abc" and "Bearer abc": the scheme is not the secret, what follows is.
-    let scheme = ["basic ", "bearer "].iter().find(|s| value.to_ascii_lowercase().starts_with(**s)).map_or(0, |s| s.len());
+    let scheme =
+        ["basic ", "bearer "].iter().find(|s| value.to_ascii_lowercase().starts_with(**s)).map_or(0, |s| s.len());
     let len = value[scheme..].find([' ', '"', '\'', ',', ';', '&']).unwrap_or(value.len() - scheme);
     (len > 0).then_some((rest.len() - value.len() + scheme, len))
 }
@@ -84,7 +87,8 @@ fn mask_urls(line: &str) -> String {
         out.push_str(before);
         rest = after;
         let end = after.find(['/', ' ', '"']).unwrap_or(after.len());
-        if let Some((user, _)) = after[..end].rsplit_once('@').and_then(|(credentials, _)| credentials.split_once(':')) {
+        if let Some((user, _)) = after[..end].rsplit_once('@').and_then(|(credentials, _)| credentials.split_once(':'))
+        {
             out.push_str(user);
             out.push_str(":***");
             rest = &after[after[..end].rfind('@').unwrap_or(0)..];

@@ -128,7 +128,9 @@ impl Machine {
             (State::Archiving, Event::ArchiveFailed) => self.fail_then(Self::remove_point),
             (State::Removing, Event::PointRemoved) => self.end(),
             // Preparing and archiving can be stopped; a release has to run to its end.
-            (State::Preparing(_) | State::Frozen | State::Archiving, Event::Cancelled) => self.fail_then(|m| (m.state, Action::Stop)),
+            (State::Preparing(_) | State::Frozen | State::Archiving, Event::Cancelled) => {
+                self.fail_then(|m| (m.state, Action::Stop))
+            }
             (State::Releasing(_) | State::Recovering(_) | State::Removing, Event::Cancelled) => {
                 self.fail_then(|m| (m.state, Action::Wait))
             }
@@ -144,7 +146,11 @@ impl Machine {
     }
 
     fn prepare(&mut self, hook: usize) -> (State, Action) {
-        if hook < self.hooks { (State::Preparing(hook), Action::Prepare(hook)) } else { (State::Frozen, Action::TakePoint) }
+        if hook < self.hooks {
+            (State::Preparing(hook), Action::Prepare(hook))
+        } else {
+            (State::Frozen, Action::TakePoint)
+        }
     }
 
     fn point_taken(&mut self) -> (State, Action) {
@@ -252,7 +258,8 @@ mod tests {
                 let Ok(action) = next.machine.take(event) else { continue };
                 at_step(before, event, next.machine.state());
                 next.cancels += usize::from(event == Event::Cancelled);
-                let failure = matches!(event, Event::HookFailed | Event::PointFailed | Event::ArchiveFailed | Event::Cancelled);
+                let failure =
+                    matches!(event, Event::HookFailed | Event::PointFailed | Event::ArchiveFailed | Event::Cancelled);
                 next.any_failure |= failure && !matches!((before, event), (State::Recovering(_), Event::HookFailed));
                 match action {
                     Action::Prepare(i) => next.begun.push(i),
@@ -304,9 +311,13 @@ mod tests {
     #[test]
     fn picture_in_the_docs_is_the_machine() {
         let mut edges = BTreeSet::new();
-        every_path(2, |_| {}, |from, event, to| {
-            edges.insert((from.to_string(), format!("{event:?}"), to.to_string()));
-        });
+        every_path(
+            2,
+            |_| {},
+            |from, event, to| {
+                edges.insert((from.to_string(), format!("{event:?}"), to.to_string()));
+            },
+        );
         let mut picture = String::from("stateDiagram-v2\n    [*] --> planned\n");
         for (from, event, to) in &edges {
             writeln!(picture, "    {from} --> {to}: {event}").unwrap();

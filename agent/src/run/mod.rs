@@ -8,6 +8,7 @@
 //! | [`hook`] | supervisor | runs one command and leaves no process behind |
 //! | [`worker`], `archive` | worker | everything that touches a repository |
 //! | [`ledger`], [`settle`] | runner | notes of what was made, and recovery by them |
+//! | [`launcher`] | daemon | starts a runner and passes on what it says |
 //! | [`messages`] | | what these processes say to each other |
 //!
 //! The run never speaks to the centre, and it takes nothing from the daemon but a run id, a service and a
@@ -16,6 +17,7 @@
 mod archive;
 mod driver;
 pub mod hook;
+pub mod launcher;
 pub mod ledger;
 mod log;
 pub mod machine;

@@ -84,8 +84,9 @@ impl From<Refusal> for Failure {
 /// error says why.
 pub fn read_grants(path: &Path) -> Result<Grants, Failure> {
     match trust::read_text(path, GRANTS_BYTES_MAX) {
-        Ok(text) => gate::parse_grants(&text)
-            .map_err(|reason| Failure::new(ErrorClass::SettingsInvalid, format!("the grants file {}: {reason}", path.display()))),
+        Ok(text) => gate::parse_grants(&text).map_err(|reason| {
+            Failure::new(ErrorClass::SettingsInvalid, format!("the grants file {}: {reason}", path.display()))
+        }),
         Err(error) if error.is_missing() => Ok(Grants::default()),
         Err(error) => Err(unsafe_permissions("the grants file", &error)),
     }
@@ -109,9 +110,13 @@ impl Plan {
         }
         let settings = host.services.iter().find(|s| s.name == service);
         let Some(settings) = settings.cloned() else {
-            return Err(Failure::new(ErrorClass::UnknownService, format!("the host's settings name no service `{service}`")));
+            return Err(Failure::new(
+                ErrorClass::UnknownService,
+                format!("the host's settings name no service `{service}`"),
+            ));
         };
-        let policy = Policies::of(&host.state_dir).load(service).map_err(|e| Failure::of(ErrorClass::SettingsInvalid, &e))?;
+        let policy =
+            Policies::of(&host.state_dir).load(service).map_err(|e| Failure::of(ErrorClass::SettingsInvalid, &e))?;
         if let Some(policy) = &policy {
             gate::check_policy(policy, &host.destinations, &host.floor)?;
         }
@@ -141,7 +146,8 @@ impl Plan {
         self.paths = Some(Paths::look_at(&settings.paths).map_err(missing)?);
         refuse_links(&settings.paths, &settings.exclude)?;
         let point_failed = |e: PointError| Failure::of(ErrorClass::PointFailed, &e);
-        self.point = PointPlan::of(&settings.paths, &settings.exclude, run_uid, &host.freeze).await.map_err(point_failed)?;
+        self.point =
+            PointPlan::of(&settings.paths, &settings.exclude, run_uid, &host.freeze).await.map_err(point_failed)?;
         self.point.check_destination(&self.location.folder).map_err(point_failed)?;
         self.consistency = self.point.consistency(!self.service.hooks.is_empty());
         self.warnings = mounts_left_out(&settings.paths, settings.one_file_system || self.point != PointPlan::Live)?;
@@ -190,21 +196,34 @@ impl Plan {
         match &self.point {
             PointPlan::Live => lines.push("no point in time: the source is read as it lives".to_owned()),
             PointPlan::Btrfs { snapshots, .. } => {
-                lines.extend(snapshots.iter().map(|s| format!("btrfs snapshot of {} as {}", s.subvolume.display(), s.path.display())));
+                lines.extend(
+                    snapshots
+                        .iter()
+                        .map(|s| format!("btrfs snapshot of {} as {}", s.subvolume.display(), s.path.display())),
+                );
             }
         }
         lines.extend(hooks.iter().rev().map(|h| format!("post_thaw of hook {}: {}", h.name, shown(&h.post_thaw))));
         match &self.input {
             Input::Files { paths, exclude, .. } => {
                 let paths: Vec<_> = paths.iter().map(|p| p.display().to_string()).collect();
-                lines.push(format!("archive {} without {}", paths.join(", "), if exclude.is_empty() { "nothing".to_owned() } else { exclude.join(", ") }));
+                lines.push(format!(
+                    "archive {} without {}",
+                    paths.join(", "),
+                    if exclude.is_empty() { "nothing".to_owned() } else { exclude.join(", ") }
+                ));
             }
-            Input::Stream { file_name } => lines.push(format!("archive the output of {} as {file_name}", shown(&self.service.source.argv))),
+            Input::Stream { file_name } => {
+                lines.push(format!("archive the output of {} as {file_name}", shown(&self.service.source.argv)))
+            }
         }
         lines.push(format!("into the repository {}, then read back what was stored", self.location.path().display()));
         if let Some(rules) = self.retention() {
             let verb = if self.may_prune { "remove" } else { "keep, because `prune` is not granted," };
-            lines.push(format!("{verb} what is neither younger than {} days nor among the newest {}", rules.days, rules.count));
+            lines.push(format!(
+                "{verb} what is neither younger than {} days nor among the newest {}",
+                rules.days, rules.count
+            ));
         }
         lines.extend(self.warnings.iter().map(|w| format!("warning: {w}")));
         lines
@@ -229,7 +248,8 @@ fn check_programs(settings: &ServiceSettings, restic: &Path) -> Result<(), Failu
     let hooks = settings.hooks.iter().flat_map(|h| [&h.pre_freeze, &h.post_thaw, &h.freeze_failed]);
     let programs = hooks.chain([&settings.source.argv]).filter_map(|argv| argv.first()).map(Path::new);
     for program in programs.chain([restic]) {
-        trust::check(program).map_err(|error| unsafe_permissions(&format!("the program {}", program.display()), &error))?;
+        trust::check(program)
+            .map_err(|error| unsafe_permissions(&format!("the program {}", program.display()), &error))?;
     }
     Ok(())
 }
@@ -253,7 +273,8 @@ fn refuse_links(paths: &[PathBuf], exclude: &[String]) -> Result<(), Failure> {
 /// The agent's own files change while it works, and the repository would grow into itself.
 fn own_folders<'a>(host: &'a Host, paths: &'a [PathBuf]) -> impl Iterator<Item = String> + 'a {
     let own = host.destinations.iter().map(|d| &d.path).chain([&host.state_dir]);
-    own.filter(move |folder| paths.iter().any(|path| folder.starts_with(path))).map(|folder| folder.display().to_string())
+    own.filter(move |folder| paths.iter().any(|path| folder.starts_with(path)))
+        .map(|folder| folder.display().to_string())
 }
 
 fn mounts_left_out(paths: &[PathBuf], left_out: bool) -> Result<Vec<String>, Failure> {
@@ -262,5 +283,8 @@ fn mounts_left_out(paths: &[PathBuf], left_out: bool) -> Result<Vec<String>, Fai
     }
     let mounts = Mounts::read().map_err(|e| Failure::of(ErrorClass::PointFailed, &e))?;
     let below = paths.iter().flat_map(|path| mounts.below(path));
-    Ok(below.take(MOUNTS_NAMED_MAX).map(|mount| format!("{} is another filesystem and is left out", mount.point.display())).collect())
+    Ok(below
+        .take(MOUNTS_NAMED_MAX)
+        .map(|mount| format!("{} is another filesystem and is left out", mount.point.display()))
+        .collect())
 }

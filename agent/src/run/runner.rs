@@ -65,7 +65,13 @@ async fn forward(mut waiting: mpsc::Receiver<Event>, mut write: OwnedWriteHalf) 
     written
 }
 
-async fn answer(request: Request, host: Result<Host, Failure>, clock: SharedClock, says: mpsc::Sender<Event>, daemon: BufReader<OwnedReadHalf>) {
+async fn answer(
+    request: Request,
+    host: Result<Host, Failure>,
+    clock: SharedClock,
+    says: mpsc::Sender<Event>,
+    daemon: BufReader<OwnedReadHalf>,
+) {
     let last = match request {
         Request::Settle => {
             if let Ok(host) = &host
@@ -116,11 +122,20 @@ struct Asked {
 }
 
 impl Asked {
-    async fn run(&self, host: &Host, clock: &SharedClock, says: &mpsc::Sender<Event>, daemon: BufReader<OwnedReadHalf>) -> Finished {
-        let begun = self.begin(host).and_then(|folder| Ok((folder.lock_alive().map_err(|e| state_failure(&e))?, folder)));
+    async fn run(
+        &self,
+        host: &Host,
+        clock: &SharedClock,
+        says: &mpsc::Sender<Event>,
+        daemon: BufReader<OwnedReadHalf>,
+    ) -> Finished {
+        let begun =
+            self.begin(host).and_then(|folder| Ok((folder.lock_alive().map_err(|e| state_failure(&e))?, folder)));
         let (alive, folder) = match begun {
             Ok((Some(alive), folder)) => (alive, folder),
-            Ok((None, _)) => return self.early(Failure::new(ErrorClass::Busy, "another process works on this run"), clock),
+            Ok((None, _)) => {
+                return self.early(Failure::new(ErrorClass::Busy, "another process works on this run"), clock);
+            }
             Err(failure) => return self.early(failure, clock),
         };
         let left = self.run_in(host, &folder, &alive, clock, says, daemon).await;
@@ -137,7 +152,10 @@ impl Asked {
         }
         let free = files::free_bytes(&host.state_dir).map_err(|e| state_failure(&e))?;
         if free < STATE_FREE_BYTES_MIN {
-            let message = format!("the state folder {} has {free} bytes left; a run needs {STATE_FREE_BYTES_MIN}", host.state_dir.display());
+            let message = format!(
+                "the state folder {} has {free} bytes left; a run needs {STATE_FREE_BYTES_MIN}",
+                host.state_dir.display()
+            );
             return Err(Failure::new(ErrorClass::StateFull, message));
         }
         let folder = Ledger::of(&host.state_dir).begin(&self.run_uid).map_err(|e| state_failure(&e))?;
@@ -162,7 +180,12 @@ impl Asked {
         // Held until the run is over.
         let _service = match Ledger::of(&host.state_dir).lock_service(&self.service) {
             Ok(Some(lock)) => lock,
-            Ok(None) => return unbegun(Failure::new(ErrorClass::Busy, format!("another run of service `{}` goes on", self.service))),
+            Ok(None) => {
+                return unbegun(Failure::new(
+                    ErrorClass::Busy,
+                    format!("another run of service `{}` goes on", self.service),
+                ));
+            }
             Err(error) => return unbegun(state_failure(&error)),
         };
         if let Err(error) = settle::settle_all(host, Some(&self.run_uid), false, &**clock).await {
@@ -178,7 +201,13 @@ impl Asked {
     }
 
     fn record(&self, plan: &Plan, clock: &SharedClock) -> RunRecord {
-        let mut record = RunRecord::queued(self.run_uid.clone(), String::new(), self.service.clone(), RunKind::Manual, clock.now_ms());
+        let mut record = RunRecord::queued(
+            self.run_uid.clone(),
+            String::new(),
+            self.service.clone(),
+            RunKind::Manual,
+            clock.now_ms(),
+        );
         record.status = RunStatus::Running;
         record.scope = plan.service.scope();
         record.job_type = if plan.note().snapshots.is_empty() { "backup" } else { "snapshot" }.to_owned();
@@ -191,9 +220,15 @@ impl Asked {
 
     /// Removes what retention no longer keeps, after the result of a good run is on disk.
     async fn retain(&self, host: &Host, plan: &Plan, folder: &RunFolder, alive: &Lock, mut left: Left) -> Left {
-        let Some(rules) = plan.retention().filter(|_| left.finished.record.snapshot_id().is_some()) else { return left };
+        let Some(rules) = plan.retention().filter(|_| left.finished.record.snapshot_id().is_some()) else {
+            return left;
+        };
         if let Err(error) = folder.write_result(&left.finished) {
-            left.finished.record.fail(state_failure(&error).class, super::messages::chain(&error), left.finished.record.finished_at_ms);
+            left.finished.record.fail(
+                state_failure(&error).class,
+                super::messages::chain(&error),
+                left.finished.record.finished_at_ms,
+            );
             left.settled = false;
             return left;
         }
@@ -201,17 +236,26 @@ impl Asked {
             Ok(Expired { runs, repository_bytes, warning }) => {
                 left.finished.record.expired_runs = runs;
                 left.finished.record.warnings.extend(warning);
-                left.finished.record.repository_bytes = repository_bytes.unwrap_or(left.finished.record.repository_bytes);
+                left.finished.record.repository_bytes =
+                    repository_bytes.unwrap_or(left.finished.record.repository_bytes);
             }
             Err(failure) => left.finished.record.warnings.push(format!("retention: {}", failure.message)),
         }
         left
     }
 
-    async fn expire(&self, host: &Host, plan: &Plan, rules: retention::Rules, alive: &Lock) -> Result<Expired, Failure> {
+    async fn expire(
+        &self,
+        host: &Host,
+        plan: &Plan,
+        rules: retention::Rules,
+        alive: &Lock,
+    ) -> Result<Expired, Failure> {
         let listed = Repository::at(plan.location.clone()).snapshots().await.map_err(|e| Failure::of(e.class(), &e))?;
         let ledger = Ledger::of(&host.state_dir);
-        let is_good = |run_uid: &str| ledger.run(run_uid).result().ok().flatten().is_some_and(|f| f.record.snapshot_id().is_some());
+        let is_good = |run_uid: &str| {
+            ledger.run(run_uid).result().ok().flatten().is_some_and(|f| f.record.snapshot_id().is_some())
+        };
         let candidates: Vec<Candidate> = listed
             .into_iter()
             .filter(|s| s.service == self.service && is_good(&s.run_uid))
@@ -223,13 +267,15 @@ impl Asked {
             return Ok(Expired::default());
         }
         if !plan.may_prune {
-            let warning = format!("{} artifacts are past the policy's retention and stay: `prune` is not granted", gone.len());
+            let warning =
+                format!("{} artifacts are past the policy's retention and stay: `prune` is not granted", gone.len());
             return Ok(Expired { warning: Some(warning), ..Expired::default() });
         }
         let work = Work::Expire { snapshot_ids: gone.iter().map(|c| c.snapshot_id.clone()).collect() };
         let worker = Worker::start(plan.location.clone(), work, alive, None).await?;
         let end = worker.finish(&CancellationToken::new(), None, |_| {}).await?;
-        let repository_bytes = if let WorkerEvent::Removed { repository_bytes } = end { Some(repository_bytes) } else { None };
+        let repository_bytes =
+            if let WorkerEvent::Removed { repository_bytes } = end { Some(repository_bytes) } else { None };
         Ok(Expired { runs: gone.into_iter().map(|c| c.run_uid).collect(), repository_bytes, warning: None })
     }
 

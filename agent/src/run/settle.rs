@@ -57,7 +57,13 @@ async fn lock_when_dead(folder: &RunFolder, wait: bool) -> Result<Option<Lock>, 
     }
 }
 
-async fn settle(host: &Host, run_uid: &str, folder: &RunFolder, alive: &Lock, clock: &dyn Clock) -> Result<bool, FileError> {
+async fn settle(
+    host: &Host,
+    run_uid: &str,
+    folder: &RunFolder,
+    alive: &Lock,
+    clock: &dyn Clock,
+) -> Result<bool, FileError> {
     let note = folder.note()?;
     let result = folder.result()?;
     let mut clean = true;
@@ -80,7 +86,14 @@ async fn settle(host: &Host, run_uid: &str, folder: &RunFolder, alive: &Lock, cl
     Ok(clean)
 }
 
-async fn release(run_uid: &str, service: &str, i: usize, hook: &HookNote, folder: &RunFolder, alive: &Lock) -> Result<(), FileError> {
+async fn release(
+    run_uid: &str,
+    service: &str,
+    i: usize,
+    hook: &HookNote,
+    folder: &RunFolder,
+    alive: &Lock,
+) -> Result<(), FileError> {
     // Claimed already or not: whoever claimed it died before its end, and at least once is the promise then.
     folder.claim_release(i)?;
     if !hook.release.is_empty() {
@@ -96,8 +109,15 @@ async fn release(run_uid: &str, service: &str, i: usize, hook: &HookNote, folder
         };
         match hook::run(&spec, &CancellationToken::new(), &[&**alive]).await {
             Ok(ended) if ended.is_success() => {}
-            Ok(ended) => tracing::error!(event = "owed_release_failed", run_id = run_uid, hook = hook.name, error = ended.description()),
-            Err(error) => tracing::error!(event = "owed_release_failed", run_id = run_uid, hook = hook.name, error = %error),
+            Ok(ended) => tracing::error!(
+                event = "owed_release_failed",
+                run_id = run_uid,
+                hook = hook.name,
+                error = ended.description()
+            ),
+            Err(error) => {
+                tracing::error!(event = "owed_release_failed", run_id = run_uid, hook = hook.name, error = %error)
+            }
         }
     }
     folder.release_ended(i).map(drop)

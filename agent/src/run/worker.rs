@@ -88,7 +88,12 @@ struct Store {
 
 impl Store {
     /// Forwards events while the work goes on; the last event is returned.
-    async fn run(self, mut input: BufReader<pipe::Receiver>, output: &mut pipe::Sender, stream: Option<StreamEnds>) -> io::Result<WorkerEvent> {
+    async fn run(
+        self,
+        mut input: BufReader<pipe::Receiver>,
+        output: &mut pipe::Sender,
+        stream: Option<StreamEnds>,
+    ) -> io::Result<WorkerEvent> {
         let (events, mut waiting) = mpsc::channel(EVENTS_WAITING);
         let (read, mut write) = stream.map(|ends| (ends.read, ends.write)).unzip();
         let cancelled = async {
@@ -112,7 +117,12 @@ impl Store {
         }
     }
 
-    async fn work(&self, stream: Option<OwnedFd>, cancelled: impl Future<Output = ()>, events: mpsc::Sender<WorkerEvent>) -> Result<WorkerEvent, RepositoryError> {
+    async fn work(
+        &self,
+        stream: Option<OwnedFd>,
+        cancelled: impl Future<Output = ()>,
+        events: mpsc::Sender<WorkerEvent>,
+    ) -> Result<WorkerEvent, RepositoryError> {
         let key = self.repository.open_or_make(&self.recovery_recipient).await?;
         // A receiver that is gone is noticed by whoever writes to it.
         let _ = events.send(WorkerEvent::Opened(key)).await;

@@ -20,7 +20,12 @@ impl Store {
     ///
     /// # Errors
     /// When the disk has no room; the directive then counts as not delivered.
-    pub async fn remember(&self, directive_id: String, received_at_ms: i64, expires_at_ms: i64) -> Result<bool, StoreError> {
+    pub async fn remember(
+        &self,
+        directive_id: String,
+        received_at_ms: i64,
+        expires_at_ms: i64,
+    ) -> Result<bool, StoreError> {
         self.call(move |connection| {
             let sql = "INSERT OR IGNORE INTO inbox (directive_id, received_at_ms, expires_at_ms) VALUES (?1, ?2, ?3)";
             let inserted = connection.execute(sql, params![directive_id, received_at_ms, expires_at_ms]);
@@ -48,8 +53,10 @@ impl Store {
     pub async fn conclude(&self, directive_id: String, outcome: Outcome, report: Vec<u8>) -> Result<(), StoreError> {
         self.call(move |connection| {
             let transaction = connection.transaction().map_err(failed("conclude a directive"))?;
-            let sql = "UPDATE inbox SET accepted = ?2, code = ?3, message = ?4 WHERE directive_id = ?1 AND accepted IS NULL";
-            let changed = transaction.execute(sql, params![directive_id, outcome.accepted, outcome.code, outcome.message]);
+            let sql =
+                "UPDATE inbox SET accepted = ?2, code = ?3, message = ?4 WHERE directive_id = ?1 AND accepted IS NULL";
+            let changed =
+                transaction.execute(sql, params![directive_id, outcome.accepted, outcome.code, outcome.message]);
             if changed.map_err(failed("conclude a directive"))? == 1 {
                 outbox::append(&transaction, &report)?;
             }

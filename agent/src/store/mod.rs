@@ -112,7 +112,8 @@ impl Store {
         }
         let mut connection = Connection::open(path).map_err(failed("open the file"))?;
         prepare(&connection).map_err(failed("set up the file"))?;
-        let check: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(failed("check the file"))?;
+        let check: String =
+            connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(failed("check the file"))?;
         if check != "ok" {
             return Err(StoreError::Unusable { path: path.to_owned(), reason: check });
         }
@@ -150,7 +151,8 @@ fn prepare(connection: &Connection) -> rusqlite::Result<()> {
 }
 
 fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
-    let found: usize = connection.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(failed("read the version"))?;
+    let found: usize =
+        connection.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(failed("read the version"))?;
     let Some(missing) = MIGRATIONS.get(found..) else {
         let reason = format!("it was written by a newer agent (format {found}, this agent knows {})", MIGRATIONS.len());
         return Err(StoreError::Unusable { path: path.to_owned(), reason });

@@ -40,8 +40,11 @@ impl Store {
     pub async fn entries_after(&self, after: u64, limit: usize) -> Result<Vec<Entry>, StoreError> {
         self.call(move |connection| {
             let read = || -> rusqlite::Result<Vec<Entry>> {
-                let mut statement = connection.prepare_cached("SELECT seq, body FROM outbox WHERE seq > ?1 ORDER BY seq LIMIT ?2")?;
-                statement.query_map(params![after, limit], |row| Ok(Entry { seq: row.get(0)?, body: row.get(1)? }))?.collect()
+                let mut statement =
+                    connection.prepare_cached("SELECT seq, body FROM outbox WHERE seq > ?1 ORDER BY seq LIMIT ?2")?;
+                statement
+                    .query_map(params![after, limit], |row| Ok(Entry { seq: row.get(0)?, body: row.get(1)? }))?
+                    .collect()
             };
             read().map_err(failed("read reports"))
         })
@@ -55,6 +58,34 @@ impl Store {
     pub async fn acknowledge(&self, seq: u64) -> Result<(), StoreError> {
         self.call(move |connection| {
             connection.execute("DELETE FROM outbox WHERE seq <= ?1", [seq]).map(drop).map_err(failed("forget reports"))
+        })
+        .await
+    }
+
+    /// Number of the last report that was acknowledged; 0 if none was.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub async fn acknowledged(&self) -> Result<u64, StoreError> {
+        self.call(|connection| {
+            let sql = "SELECT coalesce((SELECT min(seq) - 1 FROM outbox), (SELECT seq FROM sqlite_sequence WHERE name = 'outbox'), 0)";
+            connection.query_row(sql, [], |row| row.get(0)).map_err(failed("read the outbox"))
+        })
+        .await
+    }
+
+    /// Appends a report unless one with the same mark was appended before, acknowledged or not.
+    ///
+    /// # Errors
+    /// As [`Store::append`].
+    pub async fn append_once(&self, mark: String, body: Vec<u8>) -> Result<(), StoreError> {
+        self.call(move |connection| {
+            let transaction = connection.transaction().map_err(failed("append a report"))?;
+            let sql = "INSERT OR IGNORE INTO meta (key, value) VALUES (?1, '')";
+            if transaction.execute(sql, [format!("once:{mark}")]).map_err(failed("append a report"))? == 1 {
+                append(&transaction, &body)?;
+            }
+            transaction.commit().map_err(failed("append a report"))
         })
         .await
     }

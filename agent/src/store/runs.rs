@@ -33,7 +33,12 @@ impl Store {
     ///
     /// # Errors
     /// When the outbox or the disk has no room; the run must then not be started.
-    pub async fn begin_run(&self, run: RunRow, report: Vec<u8>, directive_id: Option<String>) -> Result<(), StoreError> {
+    pub async fn begin_run(
+        &self,
+        run: RunRow,
+        report: Vec<u8>,
+        directive_id: Option<String>,
+    ) -> Result<(), StoreError> {
         self.call(move |connection| {
             let transaction = connection.transaction().map_err(failed("begin a run"))?;
             let sql = "INSERT INTO runs (run_uid, service, record) VALUES (?1, ?2, ?3)";
@@ -73,7 +78,8 @@ impl Store {
     /// # Errors
     /// When the file cannot be read.
     pub async fn unfinished_runs(&self) -> Result<Vec<RunRow>, StoreError> {
-        self.list_runs("SELECT run_uid, service, record FROM runs WHERE finished = 0 ORDER BY id LIMIT ?1", u32::MAX).await
+        self.list_runs("SELECT run_uid, service, record FROM runs WHERE finished = 0 ORDER BY id LIMIT ?1", u32::MAX)
+            .await
     }
 
     /// The newest runs, newest first.
@@ -111,7 +117,9 @@ impl Store {
 
     async fn list_runs(&self, sql: &'static str, limit: u32) -> Result<Vec<RunRow>, StoreError> {
         self.call(move |connection| {
-            let read = || -> rusqlite::Result<Vec<RunRow>> { connection.prepare_cached(sql)?.query_map([limit], read_row)?.collect() };
+            let read = || -> rusqlite::Result<Vec<RunRow>> {
+                connection.prepare_cached(sql)?.query_map([limit], read_row)?.collect()
+            };
             read().map_err(failed("read the runs"))
         })
         .await

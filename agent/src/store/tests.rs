@@ -20,7 +20,11 @@ enum Action {
 }
 
 fn action() -> impl Strategy<Value = Action> {
-    prop_oneof![any::<u8>().prop_map(Action::Append), (0..8_u8).prop_map(Action::AcknowledgeFirst), Just(Action::Reopen)]
+    prop_oneof![
+        any::<u8>().prop_map(Action::Append),
+        (0..8_u8).prop_map(Action::AcknowledgeFirst),
+        Just(Action::Reopen)
+    ]
 }
 
 proptest! {
@@ -56,6 +60,31 @@ proptest! {
             prop_assert_eq!(&seen, &model);
         }
     }
+}
+
+#[tokio::test]
+async fn last_acknowledged_number_is_known_however_the_outbox_stands() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    assert_eq!(store.acknowledged().await.unwrap(), 0);
+    for _ in 0..3 {
+        store.append(vec![1]).await.unwrap();
+    }
+    assert_eq!(store.acknowledged().await.unwrap(), 0);
+    store.acknowledge(2).await.unwrap();
+    assert_eq!(store.acknowledged().await.unwrap(), 2);
+    store.acknowledge(3).await.unwrap();
+    assert_eq!(store.acknowledged().await.unwrap(), 3);
+}
+
+#[tokio::test]
+async fn report_with_a_mark_is_appended_once_even_after_its_acknowledgement() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    store.append_once("key".into(), vec![1]).await.unwrap();
+    store.acknowledge(1).await.unwrap();
+    store.append_once("key".into(), vec![1]).await.unwrap();
+    assert_eq!(store.waiting().await.unwrap(), 0);
 }
 
 fn row(uid: &str) -> RunRow {

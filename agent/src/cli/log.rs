@@ -1,0 +1,29 @@
+//! Where the log goes: standard error, as text or JSON.
+
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::time::SystemTime;
+
+use crate::daemon::settings::{Log, LogFormat};
+
+/// For the daemon.
+///
+/// # Errors
+/// When the filter cannot be understood.
+pub(super) fn init(settings: &Log) -> Result<(), String> {
+    let filter = EnvFilter::try_new(&settings.filter).map_err(|error| format!("`log.filter`: {error}"))?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_timer(SystemTime);
+    match settings.format {
+        LogFormat::Text => builder.with_ansi(false).init(),
+        LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).init(),
+    }
+    Ok(())
+}
+
+/// For runner and worker: the daemon's standard error, as text, warnings and above.
+pub(super) fn init_child() {
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new("info"))
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+}

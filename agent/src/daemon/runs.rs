@@ -1,0 +1,345 @@
+//! Runs from the daemon's side: begun in the store, done by a runner, ended in the store.
+//!
+//! A run is in the store before anything of it happens, and its end is written there together with the
+//! report of it. Whatever dies in between, the next start finds the run unfinished, lets a runner settle
+//! what is left, and takes the end from the runner's ledger; one without an end was interrupted.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use hestner_proto::words::{ErrorClass, RunKind, RunStatus};
+use hestner_proto::{sha256_hex, v1};
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
+
+use super::settings::Limits;
+use crate::lifecycle::Tasks;
+use crate::platform::backoff::{Backoff, random_u64};
+use crate::platform::clock::SharedClock;
+use crate::report::{EscrowedKey, Report, RunRecord};
+use crate::run::launcher::{LaunchError, Runner};
+use crate::run::ledger::Ledger;
+use crate::run::messages::{Event, Failure, Finished, Request};
+use crate::run::settle::interrupted;
+use crate::store::{RunRow, Store, StoreError};
+
+/// Who asks for a run of which service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wish {
+    /// The service.
+    pub service: String,
+    /// The verb, as it was asked for.
+    pub verb: String,
+    /// Who asks.
+    pub kind: RunKind,
+    /// The directive, if the centre asks.
+    pub directive_id: String,
+}
+
+/// What a follower of a run hears.
+#[derive(Clone, Debug)]
+pub enum Heard {
+    /// Where it is.
+    Progress(v1::Progress),
+    /// Its end.
+    Ended(Box<RunRecord>),
+}
+
+/// What runs share.
+#[derive(Clone)]
+pub struct Runs {
+    shared: Arc<Shared>,
+}
+
+/// What [`Runs`] is made of.
+pub struct Parts {
+    /// The settings file that runners read.
+    pub settings_path: PathBuf,
+    /// The state folder.
+    pub state_dir: PathBuf,
+    /// Bounds.
+    pub limits: Limits,
+    /// The store.
+    pub store: Store,
+    /// The clock.
+    pub clock: SharedClock,
+    /// Where runs are spawned.
+    pub tasks: Tasks,
+    /// Rung when the outbox has grown.
+    pub outbox_grew: Arc<Notify>,
+    /// Progress of the moment.
+    pub progress: watch::Sender<Option<v1::Progress>>,
+    /// How many runs go on.
+    pub active: watch::Sender<usize>,
+}
+
+struct Shared {
+    parts: Parts,
+    /// Services with a run that is queued or running.
+    busy: Mutex<BTreeSet<String>>,
+    followers: Mutex<BTreeMap<String, mpsc::Sender<Heard>>>,
+    places: Semaphore,
+    settled: watch::Sender<bool>,
+}
+
+impl Runs {
+    /// Nothing runs yet; [`Runs::recover`] has to be called first.
+    pub fn new(parts: Parts) -> Self {
+        let places = Semaphore::new(parts.limits.concurrent_runs);
+        let (settled, _) = watch::channel(false);
+        let shared = Shared { parts, busy: Mutex::default(), followers: Mutex::default(), places, settled };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Brings to an end what an earlier daemon left: first everything is settled, then every unfinished run
+    /// gets its end. New runs wait for this.
+    pub async fn recover(&self) {
+        self.settle().await;
+        match self.shared.parts.store.unfinished_runs().await {
+            Ok(rows) => {
+                for row in rows {
+                    self.finish_from_ledger(&row.run_uid).await;
+                }
+            }
+            Err(error) => tracing::error!(event = "runs_not_recovered", error = %error),
+        }
+        self.shared.settled.send_replace(true);
+    }
+
+    async fn settle(&self) {
+        let ended = async {
+            let mut runner = Runner::launch(&self.shared.parts.settings_path, &Request::Settle).await?;
+            while runner.next().await.is_some() {}
+            Ok::<(), LaunchError>(())
+        };
+        if let Err(error) = ended.await {
+            // Every runner settles before it begins, so that this is made good at the next run.
+            tracing::error!(event = "not_settled", error = %error);
+        }
+    }
+
+    /// Begins a run and returns its id. `follower` hears of it until its end.
+    ///
+    /// # Errors
+    /// When another run of the service goes on, too many wait, or its end could not be kept.
+    pub async fn start(&self, wish: Wish, follower: Option<mpsc::Sender<Heard>>) -> Result<String, Failure> {
+        let run_uid = uuid::Uuid::now_v7().to_string();
+        self.occupy(&wish.service)?;
+        if let Err(error) = self.begin(&wish, &run_uid).await {
+            self.lock_busy().remove(&wish.service);
+            let class = if error.is_full() { ErrorClass::StateFull } else { ErrorClass::SettingsInvalid };
+            return Err(Failure::of(class, &error));
+        }
+        self.shared.parts.outbox_grew.notify_one();
+        if let Some(follower) = follower {
+            self.lock_followers().insert(run_uid.clone(), follower);
+        }
+        let (runs, uid) = (self.clone(), run_uid.clone());
+        self.shared.parts.tasks.spawn_ending(async move { runs.work(wish, uid).await });
+        Ok(run_uid)
+    }
+
+    fn occupy(&self, service: &str) -> Result<(), Failure> {
+        let limits = &self.shared.parts.limits;
+        let mut busy = self.lock_busy();
+        if busy.len() >= limits.concurrent_runs + limits.waiting_runs {
+            return Err(Failure::new(
+                ErrorClass::Busy,
+                format!("{} runs go on or wait; no more are taken", busy.len()),
+            ));
+        }
+        if !busy.insert(service.to_owned()) {
+            return Err(Failure::new(ErrorClass::Busy, format!("another run of service `{service}` goes on")));
+        }
+        Ok(())
+    }
+
+    async fn begin(&self, wish: &Wish, run_uid: &str) -> Result<(), StoreError> {
+        let Parts { store, clock, .. } = &self.shared.parts;
+        store.check_room().await?;
+        let now = clock.now_ms();
+        let record =
+            RunRecord::queued(run_uid.to_owned(), wish.directive_id.clone(), wish.service.clone(), wish.kind, now);
+        let row = RunRow { run_uid: run_uid.to_owned(), service: wish.service.clone(), record: to_text(&record) };
+        let directive = (!wish.directive_id.is_empty()).then(|| wish.directive_id.clone());
+        store.begin_run(row, Report::Run(Box::new(record)).encode(now), directive).await
+    }
+
+    async fn work(&self, wish: Wish, run_uid: String) {
+        let drain = self.shared.parts.tasks.drain();
+        let mut settled = self.shared.settled.subscribe();
+        let ready = async {
+            // The sender lives as long as this does.
+            let _ = settled.wait_for(|done| *done).await;
+            self.shared.places.acquire().await
+        };
+        let place = tokio::select! {
+            // The run stays unfinished in the store, and the next start calls it interrupted.
+            () = drain.cancelled() => return,
+            place = ready => place,
+        };
+        self.shared.parts.active.send_modify(|active| *active += 1);
+        let finished = tokio::select! {
+            finished = self.follow_runner(&wish, &run_uid) => finished,
+            // Dropping the conversation cancels the run; its runner writes the end into its ledger.
+            () = drain.cancelled() => None,
+        };
+        match finished {
+            Some(finished) => self.finish(&wish, finished).await,
+            None if drain.is_cancelled() => {}
+            None => {
+                // The runner died without a word: settle what it left, then read its ledger.
+                self.settle().await;
+                self.finish_from_ledger(&run_uid).await;
+            }
+        }
+        drop(place);
+        self.shared.parts.active.send_modify(|active| *active -= 1);
+        self.shared.parts.progress.send_replace(None);
+        self.lock_busy().remove(&wish.service);
+        self.lock_followers().remove(&run_uid);
+    }
+
+    async fn follow_runner(&self, wish: &Wish, run_uid: &str) -> Option<Finished> {
+        let request =
+            Request::Run { run_uid: run_uid.to_owned(), service: wish.service.clone(), verb: wish.verb.clone() };
+        let mut runner = match Runner::launch(&self.shared.parts.settings_path, &request).await {
+            Ok(runner) => runner,
+            Err(error) => {
+                tracing::error!(event = "runner_not_started", run_id = run_uid, error = %error);
+                return None;
+            }
+        };
+        self.report_running(wish, run_uid).await;
+        let mut finished = None;
+        while let Some(event) = runner.next().await {
+            match event {
+                Event::Progress { phase, progress } => self.tell_progress(v1::Progress {
+                    run_uid: run_uid.to_owned(),
+                    phase: phase.to_string(),
+                    bytes_done: progress.bytes_done,
+                    bytes_total: progress.bytes_total,
+                    files_done: progress.files_done,
+                    files_total: progress.files_total,
+                    seconds_remaining: progress.seconds_remaining,
+                }),
+                Event::Finished(end) => finished = Some(*end),
+                Event::Planned(_) | Event::Settled => {}
+            }
+        }
+        finished
+    }
+
+    async fn report_running(&self, wish: &Wish, run_uid: &str) {
+        let Parts { store, clock, outbox_grew, .. } = &self.shared.parts;
+        let now = clock.now_ms();
+        let mut record =
+            RunRecord::queued(run_uid.to_owned(), wish.directive_id.clone(), wish.service.clone(), wish.kind, now);
+        record.status = RunStatus::Running;
+        // The report of the end says all that this one does.
+        match store.append(Report::Run(Box::new(record)).encode(now)).await {
+            Ok(_) => outbox_grew.notify_one(),
+            Err(error) => tracing::warn!(event = "running_not_reported", run_id = run_uid, error = %error),
+        }
+    }
+
+    fn tell_progress(&self, progress: v1::Progress) {
+        if let Some(follower) = self.lock_followers().get(&progress.run_uid) {
+            // A follower that does not read misses progress, not the end.
+            let _ = follower.try_send(Heard::Progress(progress.clone()));
+        }
+        self.shared.parts.progress.send_replace(Some(progress));
+    }
+
+    async fn finish_from_ledger(&self, run_uid: &str) {
+        let Parts { store, state_dir, clock, .. } = &self.shared.parts;
+        let known = match store.run(run_uid.to_owned()).await {
+            Ok(Some(row)) => serde_json::from_str::<RunRecord>(&row.record).ok(),
+            _ => None,
+        };
+        let result = Ledger::of(state_dir).run(run_uid).result().unwrap_or_else(|error| {
+            tracing::error!(event = "result_not_read", run_id = run_uid, error = %error);
+            None
+        });
+        let finished = result.unwrap_or_else(|| interrupted(run_uid, None, &**clock));
+        let wish = match known {
+            Some(known) => {
+                Wish { service: known.service, verb: String::new(), kind: known.kind, directive_id: known.directive_id }
+            }
+            None => Wish {
+                service: finished.record.service.clone(),
+                verb: String::new(),
+                kind: RunKind::Manual,
+                directive_id: String::new(),
+            },
+        };
+        self.finish(&wish, finished).await;
+    }
+
+    /// Writes the end into the store; tries until it is there, because a result that is not kept is lost.
+    async fn finish(&self, wish: &Wish, finished: Finished) {
+        let Parts { store, clock, outbox_grew, tasks, .. } = &self.shared.parts;
+        let Finished { mut record, repository_key } = finished;
+        record.service.clone_from(&wish.service);
+        record.kind = wish.kind;
+        record.directive_id.clone_from(&wish.directive_id);
+        log_end(&record);
+        let mut backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
+        let drain = tasks.drain();
+        let key = repository_key.map(|key| (mark_of(&key.key), Report::RepositoryKey(key)));
+        loop {
+            let now = clock.now_ms();
+            let report = Report::Run(Box::new(record.clone())).encode(now);
+            let mut written = store.finish_run(record.run_uid.clone(), to_text(&record), report).await.map(drop);
+            if let (Ok(()), Some((mark, report))) = (&written, &key) {
+                written = store.append_once(mark.clone(), report.encode(now)).await;
+            }
+            let Err(error) = written else { break };
+            tracing::error!(event = "end_not_kept", run_id = record.run_uid, error = %error);
+            let pause = random_u64().map_or(Duration::from_secs(1), |random| backoff.next_delay(random));
+            tokio::select! {
+                // The runner's ledger has the end; the next start reads it from there.
+                () = drain.cancelled() => break,
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+        outbox_grew.notify_one();
+        let follower = self.lock_followers().remove(&record.run_uid);
+        if let Some(follower) = follower {
+            // A follower that has left does not need to know.
+            let _ = follower.send(Heard::Ended(Box::new(record))).await;
+        }
+    }
+
+    fn lock_busy(&self) -> std::sync::MutexGuard<'_, BTreeSet<String>> {
+        self.shared.busy.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_followers(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, mpsc::Sender<Heard>>> {
+        self.shared.followers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn to_text(record: &RunRecord) -> String {
+    // Plain data: it can always be written.
+    serde_json::to_string(record).unwrap_or_default()
+}
+
+/// What tells two keys apart without holding either.
+fn mark_of(key: &EscrowedKey) -> String {
+    match key {
+        EscrowedKey::Wrapped(bytes) => sha256_hex(bytes),
+        EscrowedKey::Open(password) => sha256_hex(format!("open:{password}").as_bytes()),
+    }
+}
+
+fn log_end(record: &RunRecord) {
+    let RunRecord { run_uid, service, status, duration_ms, .. } = record;
+    match record.error_class {
+        None => tracing::info!(event = "run_ended", run_id = run_uid, service, status = %status, duration_ms),
+        Some(class) => {
+            tracing::error!(event = "run_ended", run_id = run_uid, service, status = %status, error_class = %class, error = record.error_message);
+        }
+    }
+}

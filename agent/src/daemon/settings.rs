@@ -1,0 +1,334 @@
+//! `agent.toml`: the sum of what the modules declare, read whole or not at all.
+//!
+//! Unknown keys are refused, every mistake is named at once, and a file that somebody else could have
+//! written is not believed. Reading has no effect.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use hestner_proto::words::ErrorClass;
+use serde::Deserialize;
+use toml_example::TomlExample;
+
+use crate::identity::Keeper;
+use crate::platform::trust::{self, Distrust};
+use crate::policy::{DestinationSettings, Floor, ServiceSettings, check_name};
+use crate::run::messages::Failure;
+use crate::run::plan::Host;
+// Under names of their own: the generator of the commented file knows a type by its last name only.
+use crate::freeze::Settings as FreezeSettings;
+use crate::heartbeat::Settings as HeartbeatSettings;
+use crate::inventory::Settings as InventorySettings;
+use crate::repository::Settings as RepositorySettings;
+use crate::session::Settings as SessionSettings;
+
+/// Where the settings lie if nobody says otherwise.
+pub const DEFAULT_PATH: &str = "/etc/hestner/agent.toml";
+const SETTINGS_BYTES_MAX: u64 = 4 * 1024 * 1024;
+
+/// All of `agent.toml`, as the sum of what the modules declare.
+#[derive(Clone, Debug, Deserialize, TomlExample)]
+#[serde(default, deny_unknown_fields)]
+#[expect(missing_docs, reason = "a section is described by its own type, and once in the generated file")]
+pub struct Settings {
+    /// Where the agent keeps its identity, outbox, runs and keys.
+    #[toml_example(default = "/var/lib/hestner-agent")]
+    pub state_dir: PathBuf,
+    /// The local socket that the command line talks to.
+    #[toml_example(default = "/run/hestner-agent/control.sock")]
+    pub socket: PathBuf,
+    /// What the centre may ask for. Root's own file; see `hestner-agent grants --help`.
+    #[toml_example(default = "/etc/hestner/grants.toml")]
+    pub grants: PathBuf,
+    #[toml_example(nesting)]
+    pub receiver: SessionSettings,
+    #[toml_example(nesting)]
+    pub repository: RepositorySettings,
+    #[toml_example(nesting)]
+    pub freeze: FreezeSettings,
+    #[toml_example(nesting)]
+    pub floor: Floor,
+    #[toml_example(nesting)]
+    pub limits: Limits,
+    #[toml_example(nesting)]
+    pub inventory: InventorySettings,
+    #[toml_example(nesting)]
+    pub heartbeat: HeartbeatSettings,
+    #[toml_example(nesting)]
+    pub log: Log,
+    #[serde(rename = "destination")]
+    #[toml_example(nesting)]
+    pub destinations: Vec<DestinationSettings>,
+    #[serde(rename = "service")]
+    #[toml_example(nesting)]
+    pub services: Vec<ServiceSettings>,
+}
+
+/// Bounds on runs.
+#[derive(Clone, Debug, Deserialize, TomlExample)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Runs at the same time; of one service there is never more than one.
+    #[toml_example(default = 1)]
+    pub concurrent_runs: usize,
+    /// Runs that wait for their turn; more are refused as `busy`.
+    #[toml_example(default = 20)]
+    pub waiting_runs: usize,
+    /// How long a run may take before it is stopped and fails.
+    #[serde(with = "humantime_serde")]
+    #[toml_example(default = "12h")]
+    pub run_time_max: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { concurrent_runs: 1, waiting_runs: 20, run_time_max: Duration::from_secs(12 * 3600) }
+    }
+}
+
+/// The log.
+#[derive(Clone, Debug, Deserialize, TomlExample)]
+#[serde(default, deny_unknown_fields)]
+pub struct Log {
+    /// `text` or `json`.
+    #[toml_example(default = "text")]
+    pub format: LogFormat,
+    /// What is logged, such as `info` or `hestner_agent=debug`.
+    #[toml_example(default = "info")]
+    pub filter: String,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { format: LogFormat::Text, filter: "info".to_owned() }
+    }
+}
+
+/// Forms of the log.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One object a line.
+    Json,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            state_dir: "/var/lib/hestner-agent".into(),
+            socket: "/run/hestner-agent/control.sock".into(),
+            grants: "/etc/hestner/grants.toml".into(),
+            receiver: SessionSettings::default(),
+            repository: RepositorySettings::default(),
+            freeze: FreezeSettings::default(),
+            floor: Floor::default(),
+            limits: Limits::default(),
+            inventory: InventorySettings::default(),
+            heartbeat: HeartbeatSettings::default(),
+            log: Log::default(),
+            destinations: Vec::new(),
+            services: Vec::new(),
+        }
+    }
+}
+
+/// Settings that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// The file is missing, or somebody else could have written it.
+    #[error("the settings file {path} is not believed: {source}")]
+    Distrust {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: Distrust,
+    },
+    /// The file is not there.
+    #[error("there is no settings file {0}")]
+    Missing(PathBuf),
+    /// The file cannot be understood.
+    #[error("the settings file {path} cannot be understood:\n{reason}")]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Line, column and what is wrong.
+        reason: String,
+    },
+    /// The file says what cannot be.
+    #[error("the settings file {path} has mistakes:\n  - {}", .mistakes.join("\n  - "))]
+    Mistakes {
+        /// The file.
+        path: PathBuf,
+        /// Every one of them.
+        mistakes: Vec<String>,
+    },
+}
+
+impl SettingsError {
+    /// Stable class.
+    pub fn class(&self) -> ErrorClass {
+        match self {
+            Self::Distrust { .. } => ErrorClass::UnsafePermissions,
+            _ => ErrorClass::SettingsInvalid,
+        }
+    }
+}
+
+impl Settings {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// [`SettingsError`], with every mistake at once.
+    pub fn read(path: &Path) -> Result<Self, SettingsError> {
+        let distrust = |source: Distrust| match source.is_missing() {
+            true => SettingsError::Missing(path.to_owned()),
+            false => SettingsError::Distrust { path: path.to_owned(), source },
+        };
+        let path_absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        let text = trust::read_text(&path_absolute, SETTINGS_BYTES_MAX).map_err(distrust)?;
+        Self::parse(path, &text)
+    }
+
+    fn parse(path: &Path, text: &str) -> Result<Self, SettingsError> {
+        let syntax =
+            |error: toml::de::Error| SettingsError::Syntax { path: path.to_owned(), reason: error.to_string() };
+        let settings: Self = toml::from_str(text).map_err(syntax)?;
+        let mistakes = settings.mistakes();
+        if mistakes.is_empty() {
+            Ok(settings)
+        } else {
+            Err(SettingsError::Mistakes { path: path.to_owned(), mistakes })
+        }
+    }
+
+    fn mistakes(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        for (key, path) in [
+            ("state_dir", &self.state_dir),
+            ("socket", &self.socket),
+            ("grants", &self.grants),
+            ("repository.restic", &self.repository.restic),
+        ] {
+            if !path.is_absolute() {
+                found.push(format!("`{key}` must be an absolute path, not `{}`", path.display()));
+            }
+        }
+        for (key, address) in
+            [("address", &self.receiver.address), ("enrolment_address", &self.receiver.enrolment_address)]
+        {
+            let port = address
+                .rsplit_once(':')
+                .and_then(|(host, port)| (!host.is_empty()).then(|| port.parse::<u16>().ok())?);
+            if port.is_none() {
+                found.push(format!("`receiver.{key}` must read host:port, not `{address}`"));
+            }
+        }
+        if self.limits.concurrent_runs == 0 {
+            found.push("`limits.concurrent_runs` must be at least 1".to_owned());
+        }
+        if self.inventory.interval < Duration::from_secs(1) || self.heartbeat.sample_interval < Duration::from_secs(1) {
+            found.push("`inventory.interval` and `heartbeat.sample_interval` must be at least 1s".to_owned());
+        }
+        for (i, destination) in self.destinations.iter().enumerate() {
+            let name = &destination.name;
+            found.extend(check_name(name).err().map(|reason| format!("destination `{name}`: {reason}")));
+            if !destination.path.is_absolute() {
+                found.push(format!(
+                    "destination `{name}`: `path` must be absolute, not `{}`",
+                    destination.path.display()
+                ));
+            }
+            if self.destinations[..i].iter().any(|other| other.name == *name) {
+                found.push(format!("destination `{name}` is defined twice"));
+            }
+        }
+        for (i, service) in self.services.iter().enumerate() {
+            found.extend(service.mistakes(&self.destinations));
+            if self.services[..i].iter().any(|other| other.name == service.name) {
+                found.push(format!("service `{}` is defined twice", service.name));
+            }
+        }
+        found
+    }
+
+    /// What a run needs of the settings and the identity.
+    ///
+    /// # Errors
+    /// When the host is not enrolled.
+    pub fn host(&self) -> Result<Host, Failure> {
+        let keeper = Keeper::of(&self.state_dir);
+        let not_enrolled = |error: &dyn std::error::Error| Failure::of(ErrorClass::SettingsInvalid, error);
+        Ok(Host {
+            state_dir: self.state_dir.clone(),
+            grants: self.grants.clone(),
+            services: self.services.clone(),
+            destinations: self.destinations.clone(),
+            floor: self.floor.clone(),
+            freeze: self.freeze.clone(),
+            repository: self.repository.clone(),
+            run_time_max: self.limits.run_time_max,
+            server_id: keeper.load().map_err(|e| not_enrolled(&e))?.id.server_id,
+            recovery_recipient: keeper.recovery_recipient().map_err(|e| not_enrolled(&e))?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Settings, SettingsError> {
+        Settings::parse(Path::new("agent.toml"), text)
+    }
+
+    /// `UPDATE_GOLDEN=1` writes the file anew.
+    #[test]
+    fn commented_default_file_is_generated_from_the_doc_comments() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../config/agent.toml");
+        let expected = format!(
+            "# Settings of hestner-agent. Generated from the program: every value below is the default, and the\n\
+             # blocks [[destination]] and [[service]] are examples.\n\n{}",
+            Settings::toml_example()
+        );
+        if std::env::var_os("UPDATE_GOLDEN").is_some() {
+            crate::platform::files::write(Path::new(path), expected.as_bytes(), 0o644).unwrap();
+        }
+        assert_eq!(std::fs::read_to_string(path).unwrap_or_default(), expected, "run with UPDATE_GOLDEN=1");
+        parse(&expected).unwrap();
+    }
+
+    #[test]
+    fn every_mistake_is_named_at_once() {
+        let error = parse(
+            "state_dir = \"relative\"\n[limits]\nconcurrent_runs = 0\n[[destination]]\nname = \"a b\"\nkind = \"folder\"\npath = \"x\"\n\
+             [[service]]\nname = \"s\"\ndestination = \"nowhere\"\nsource = { kind = \"files\" }\n\
+             [[service]]\nname = \"t\"\ndestination = \"a b\"\nsource = { kind = \"command\", argv = [\"dump\"], file_name = \"a/b\", paths = [\"/x\"] }\n\
+             hook = [{ name = \"h\", timeout = \"0s\" }]\n",
+        )
+        .unwrap_err()
+        .to_string();
+        for part in [
+            "`state_dir` must be an absolute path",
+            "concurrent_runs",
+            "destination `a b`: a name has",
+            "`path` must be absolute",
+            "destination `nowhere` is not defined",
+            "needs `paths`",
+            "absolute path, not `dump`",
+            "`file_name` without `/`",
+            "belong to a source of kind `files`",
+            "neither `pre_freeze` nor `post_thaw`",
+            "`timeout` must be longer than 0",
+        ] {
+            assert!(error.contains(part), "{part} is not in:\n{error}");
+        }
+    }
+
+    #[test]
+    fn unknown_key_is_refused_with_its_line() {
+        let error = parse("state_dir = \"/x\"\nstate_dri = \"/y\"\n").unwrap_err().to_string();
+        assert!(error.contains("state_dri") && error.contains("line 2"), "{error}");
+    }
+}

@@ -1,0 +1,171 @@
+//! Who may open a session, and how a certificate is renewed inside one.
+//!
+//! In: the certificates of a finished handshake and the agent's hello. Out: who it is, or a refusal whose code
+//! goes into the goodbye. TLS has proved the key and the authority; here the row decides: the server must
+//! exist, belong to the named company, be active, and have this very key.
+
+use std::time::Duration;
+
+use hestner_proto::PROTOCOL;
+use hestner_proto::v1;
+use tokio::time::MissedTickBehavior;
+
+use super::{Enrolment, Error};
+use crate::ca::{self, PeerIdentity, ProvenKey};
+use crate::lifecycle::Drain;
+use crate::model::{Actor, CompanyId, ServerId};
+use crate::sessions::End;
+use crate::store::servers::Standing;
+
+/// Who a verified certificate names, under the name that doors use: they never import `ca`.
+pub type Identity = PeerIdentity;
+
+/// An agent that was let in.
+#[derive(Clone, Debug)]
+pub struct Admitted {
+    /// The server.
+    pub server: ServerId,
+    /// Its company.
+    pub company: CompanyId,
+    /// Whether the stored inventory is another than the one the agent has sent last.
+    pub inventory_wanted: bool,
+}
+
+/// An agent that was not let in.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// No such server, or another key speaks for it.
+    #[error("this receiver does not know the server, or another key speaks for it now")]
+    Unknown,
+    /// The server was revoked.
+    #[error("the server was revoked")]
+    Revoked,
+    /// The server is quarantined.
+    #[error("the server is quarantined since its report numbers forked; enrol it anew with a token for it")]
+    Fork,
+    /// Another version of the protocol.
+    #[error("this receiver speaks protocol {PROTOCOL}, the agent {0}")]
+    Protocol(u32),
+    /// It cannot be decided now.
+    #[error(transparent)]
+    Failed(#[from] Error),
+}
+
+impl Refusal {
+    /// Code of the goodbye.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Revoked => "revoked",
+            Self::Fork => "fork",
+            Self::Protocol(_) => "protocol",
+            Self::Failed(_) => "overloaded",
+        }
+    }
+}
+
+impl From<crate::store::Error> for Refusal {
+    fn from(error: crate::store::Error) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+impl Enrolment {
+    /// Reads who a peer is from the leaf certificate that it showed.
+    ///
+    /// # Errors
+    /// When it names no agent of our trust domain.
+    pub fn recognise(&self, certificate_der: &[u8]) -> Result<PeerIdentity, ca::Error> {
+        ca::read_peer(certificate_der, &self.rules.trust_domain)
+    }
+
+    /// Decides whether a peer may have a session, and takes in its hello.
+    ///
+    /// # Errors
+    /// See [`Refusal`].
+    pub async fn admit(&self, peer: &PeerIdentity, hello: &v1::Hello) -> Result<Admitted, Refusal> {
+        if hello.protocol != PROTOCOL {
+            return Err(Refusal::Protocol(hello.protocol));
+        }
+        let mut tx = self.store.begin().await?;
+        let standing = tx.standing(ServerId(peer.agent.server_id)).await?.ok_or(Refusal::Unknown)?;
+        check_standing(&standing, peer)?;
+        tx.greet(standing.id, &peer.spki_sha256, hello, self.clock.now_ms()).await?;
+        tx.commit().await?;
+        let held = standing.inventory_hash.unwrap_or_default();
+        Ok(Admitted {
+            server: standing.id,
+            company: standing.company,
+            inventory_wanted: held.is_empty() || held != hello.inventory_hash,
+        })
+    }
+
+    /// Renews a certificate inside a session. The key may be a new one; the old one holds until it has spoken.
+    ///
+    /// # Errors
+    /// When the request is bad, another server has the key, or signing or the store fails.
+    pub async fn renew(&self, peer: &PeerIdentity, csr_der: &[u8]) -> Result<v1::Certificate, Error> {
+        let key = ProvenKey::from_request(csr_der)?;
+        let now_ms = self.clock.now_ms();
+        let server = ServerId(peer.agent.server_id);
+        let certificate_der = self.authority.sign_agent(&key, &peer.agent, now_ms, self.rules.certificate_life)?;
+        let mut change = self.store.change(Actor::Agent(server), now_ms).await?;
+        if change.server_of_key(&key.sha256).await?.is_some_and(|owner| owner.id != server) {
+            return Err(Error::KeyInUse);
+        }
+        if key.sha256 != peer.spki_sha256 {
+            change.announce_key(server, &key.sha256).await?;
+        }
+        let details = serde_json::json!({ "key": key.sha256, "replaces": peer.spki_sha256 });
+        let company = CompanyId(peer.agent.company_id);
+        change.commit(Some(company), "certificate_renewed", format!("server:{server}"), details).await?;
+        Ok(v1::Certificate { certificate_der, ca_der: self.authority.certificate().to_vec() })
+    }
+
+    /// Ends the sessions of servers that were shut out since, by whatever process did it.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn end_shut_out(&self) -> Result<(), Error> {
+        for (server, status) in self.store.shut_out().await? {
+            self.sessions.end(server, if status == "revoked" { End::Revoked } else { End::Quarantined });
+        }
+        Ok(())
+    }
+}
+
+fn check_standing(standing: &Standing, peer: &PeerIdentity) -> Result<(), Refusal> {
+    if standing.company.0 != peer.agent.company_id {
+        return Err(Refusal::Unknown);
+    }
+    match standing.status.as_str() {
+        "active" => {}
+        "quarantined" => return Err(Refusal::Fork),
+        _ => return Err(Refusal::Revoked),
+    }
+    let known = standing.spki_sha256 == peer.spki_sha256;
+    let announced = standing.next_spki_sha256.as_deref() == Some(&peer.spki_sha256);
+    if known || announced { Ok(()) } else { Err(Refusal::Unknown) }
+}
+
+/// How soon a server that was shut out by another process loses its session.
+const STANDING_INTERVAL: Duration = Duration::from_secs(1);
+
+impl Enrolment {
+    /// Watches for servers that are shut out while they have a session, until the drain.
+    pub async fn watch_standing(self, drain: Drain) {
+        let mut ticks = tokio::time::interval(STANDING_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            // Cancel-safe: neither future holds anything that is lost.
+            tokio::select! {
+                _ = ticks.tick() => {}
+                () = drain.begun() => return,
+            }
+            if let Err(error) = self.end_shut_out().await {
+                // Not fatal: hello asks the store itself, and the next tick tries again.
+                tracing::warn!(event = "standing_not_read", error = %error, "cannot see who was shut out");
+            }
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! Enrolment's faults: lost replies, wrong, used and expired tokens, clones, revoked and quarantined servers.
+
+use hestner_proto::PROTOCOL;
+use hestner_proto::v1;
+use rcgen::{CertificateParams, KeyPair};
+
+use super::admission::{Identity, Refusal};
+use super::*;
+use crate::model::counters::Counters;
+use crate::platform::clock::ManualClock;
+
+const NOW_MS: i64 = 1_795_348_800_000;
+const HOUR: Duration = Duration::from_secs(3600);
+
+struct World {
+    _folder: tempfile::TempDir,
+    store: Store,
+    clock: Arc<ManualClock>,
+    enrolment: Enrolment,
+}
+
+impl World {
+    /// Two companies, `sha256:one` and `sha256:two`.
+    async fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = Store::open(folder.path()).await.expect("opened");
+        let mut tx = store.begin().await.expect("begun");
+        for name in ["one", "two"] {
+            tx.add_company(name, &format!("age1{name}"), &format!("sha256:{name}"), 1).await.expect("added");
+        }
+        tx.commit().await.expect("committed");
+        let authority = Arc::new(Authority::open(folder.path(), "t.example", NOW_MS).expect("made"));
+        let clock = ManualClock::at(NOW_MS);
+        let rules = Rules { trust_domain: "t.example".into(), certificate_life: HOUR };
+        let counters = Arc::new(Counters::default());
+        let enrolment = Enrolment::new(store.clone(), authority, Sessions::default(), rules, clock.clone(), counters);
+        Self { _folder: folder, store, clock, enrolment }
+    }
+
+    async fn token(&self, company: i64, server: Option<ServerId>) -> String {
+        let made = self.enrolment.create_token(Actor::Receiver, CompanyId(company), server, HOUR).await.expect("made");
+        made.token.presented()
+    }
+
+    async fn enrol(&self, token: &str, key: &KeyPair) -> Result<Enrolled, Error> {
+        self.enrol_typing(token, key, "sha256:one").await
+    }
+
+    async fn enrol_typing(&self, token: &str, key: &KeyPair, fingerprint: &str) -> Result<Enrolled, Error> {
+        let request = Request {
+            token: token.to_owned(),
+            csr_der: CertificateParams::default().serialize_request(key).expect("a request").der().to_vec(),
+            recovery_fingerprint: fingerprint.to_owned(),
+            hostname: "host".into(),
+            agent_version: "0".into(),
+        };
+        self.enrolment.enrol(request).await
+    }
+
+    async fn set_status(&self, server: ServerId, status: &'static str) {
+        let mut tx = self.store.begin().await.expect("begun");
+        tx.set_server_status(server, status).await.expect("set");
+        tx.commit().await.expect("committed");
+    }
+
+    async fn admit(&self, enrolled: &Enrolled) -> Result<super::admission::Admitted, Refusal> {
+        self.enrolment.admit(&self.identity(enrolled), &hello()).await
+    }
+
+    fn identity(&self, enrolled: &Enrolled) -> Identity {
+        self.enrolment.recognise(&enrolled.certificate_der).expect("ours")
+    }
+}
+
+fn hello() -> v1::Hello {
+    v1::Hello { protocol: PROTOCOL, epoch: "e".into(), now_ms: NOW_MS + 500, ..v1::Hello::default() }
+}
+
+fn key() -> KeyPair {
+    KeyPair::generate().expect("a key")
+}
+
+fn code(result: Result<Enrolled, Error>) -> &'static str {
+    result.err().map_or("enrolled", |error| error.code())
+}
+
+#[tokio::test]
+async fn a_host_whose_reply_was_lost_asks_again_and_is_the_same_server() {
+    let world = World::new().await;
+    let (token, key) = (world.token(1, None).await, key());
+    let first = world.enrol(&token, &key).await.expect("enrolled");
+    let again = world.enrol(&token, &key).await.expect("enrolled again");
+    assert_eq!((first.server, first.company), (again.server, again.company));
+    world.clock.advance_ms(3_600_000 + 60_000);
+    assert_eq!(world.enrol(&token, &key).await.expect("within the grace").server, first.server);
+    world.clock.advance_ms(RETRY_GRACE_MS);
+    assert_eq!(code(world.enrol(&token, &key).await), "token_expired");
+}
+
+#[tokio::test]
+async fn a_host_that_lost_its_reply_and_comes_with_a_new_token_is_the_same_server() {
+    let world = World::new().await;
+    let key = key();
+    let first = world.enrol(&world.token(1, None).await, &key).await.expect("enrolled");
+    let again = world.enrol(&world.token(1, None).await, &key).await.expect("enrolled");
+    assert_eq!(first.server, again.server);
+}
+
+#[tokio::test]
+async fn unknown_used_and_expired_tokens_have_distinct_codes() {
+    let world = World::new().await;
+    let token = world.token(1, None).await;
+    let wrong = format!("{}{}", &token[..token.len() - 48], "0".repeat(48));
+    for text in ["", "junk", "hjt_999_000000000000000000000000000000000000000000000000", &wrong] {
+        assert_eq!(code(world.enrol(text, &key()).await), "token_unknown", "{text}");
+    }
+    world.enrol(&token, &key()).await.expect("enrolled");
+    assert_eq!(code(world.enrol(&token, &key()).await), "token_used");
+    let late = world.token(1, None).await;
+    world.clock.advance_ms(3_600_000);
+    assert_eq!(code(world.enrol(&late, &key()).await), "token_expired");
+}
+
+#[tokio::test]
+async fn a_wrong_fingerprint_consumes_nothing() {
+    let world = World::new().await;
+    let (token, key) = (world.token(1, None).await, key());
+    assert_eq!(code(world.enrol_typing(&token, &key, "sha256:two").await), "recovery_key_mismatch");
+    let enrolled = world.enrol(&token, &key).await.expect("the token is still good");
+    assert_eq!(enrolled.recovery_recipient, "age1one");
+}
+
+#[tokio::test]
+async fn a_request_that_proves_no_key_is_refused() {
+    let world = World::new().await;
+    let token = world.token(1, None).await;
+    let request = Request {
+        token,
+        csr_der: b"junk".to_vec(),
+        recovery_fingerprint: "sha256:one".into(),
+        hostname: String::new(),
+        agent_version: String::new(),
+    };
+    assert_eq!(code(world.enrolment.enrol(request).await), "csr_invalid");
+}
+
+#[tokio::test]
+async fn a_clones_key_does_not_enter_another_company_or_server() {
+    let world = World::new().await;
+    let key = key();
+    let first = world.enrol(&world.token(1, None).await, &key).await.expect("enrolled");
+    let foreign = world.token(2, None).await;
+    assert_eq!(code(world.enrol_typing(&foreign, &key, "sha256:two").await), "key_in_use");
+    let other = world.enrol(&world.token(1, None).await, &super::tests::key()).await.expect("another server");
+    assert_ne!(first.server, other.server);
+    let bound = world.token(1, Some(other.server)).await;
+    assert_eq!(code(world.enrol(&bound, &key).await), "key_in_use");
+}
+
+#[tokio::test]
+async fn a_token_for_a_server_of_another_company_is_not_made() {
+    let world = World::new().await;
+    let server = world.enrol(&world.token(1, None).await, &key()).await.expect("enrolled").server;
+    let made = world.enrolment.create_token(Actor::Receiver, CompanyId(2), Some(server), HOUR).await;
+    assert!(matches!(made, Err(Error::NoSuch(_))));
+}
+
+#[tokio::test]
+async fn a_server_enrolled_anew_keeps_its_row_and_its_old_key_is_out() {
+    let world = World::new().await;
+    let old = world.enrol(&world.token(1, None).await, &key()).await.expect("enrolled");
+    world.set_status(old.server, "quarantined").await;
+    assert!(matches!(world.admit(&old).await, Err(Refusal::Fork)));
+    let new = world.enrol(&world.token(1, Some(old.server)).await, &key()).await.expect("enrolled anew");
+    assert_eq!(old.server, new.server);
+    assert!(world.admit(&new).await.is_ok());
+    assert!(matches!(world.admit(&old).await, Err(Refusal::Unknown)));
+}
+
+#[tokio::test]
+async fn a_server_enrolled_anew_gets_its_policies_again() {
+    use crate::model::policy::{PolicyInput, PolicyState};
+    let world = World::new().await;
+    let server = world.enrol(&world.token(1, None).await, &key()).await.expect("enrolled").server;
+    let input = PolicyInput {
+        service: "docs".into(),
+        cron: "0 1 * * *".into(),
+        time_zone: "UTC".into(),
+        retention_days: 1,
+        retention_count: 1,
+        destination: "local".into(),
+        encryption_enabled: true,
+        misfire: "skip".into(),
+    };
+    let mut tx = world.store.begin().await.expect("begun");
+    tx.put_policy(server, &input, "old", NOW_MS).await.expect("put");
+    let taken = crate::model::report::Outcome {
+        directive_id: "old".into(),
+        accepted: true,
+        code: String::new(),
+        message: String::new(),
+    };
+    tx.answer_policy(server, &taken).await.expect("applied");
+    tx.commit().await.expect("committed");
+    assert!(world.store.open_directives(server, NOW_MS).await.expect("read").is_empty());
+    world.enrol(&world.token(1, Some(server)).await, &key()).await.expect("enrolled anew");
+    assert_eq!(world.store.open_directives(server, NOW_MS).await.expect("read").len(), 1);
+    assert_eq!(world.store.policies(server).await.expect("read")[0].state, PolicyState::Pending);
+}
+
+#[tokio::test]
+async fn a_repeated_enrolment_does_not_lift_a_quarantine() {
+    let world = World::new().await;
+    let (token, key) = (world.token(1, None).await, key());
+    let enrolled = world.enrol(&token, &key).await.expect("enrolled");
+    world.set_status(enrolled.server, "quarantined").await;
+    let again = world.enrol(&token, &key).await.expect("answered");
+    assert!(matches!(world.admit(&again).await, Err(Refusal::Fork)));
+}
+
+#[tokio::test]
+async fn a_revoked_server_gets_neither_a_session_nor_a_new_certificate() {
+    let world = World::new().await;
+    let (token, key) = (world.token(1, None).await, key());
+    let enrolled = world.enrol(&token, &key).await.expect("enrolled");
+    world.set_status(enrolled.server, "revoked").await;
+    assert!(matches!(world.admit(&enrolled).await, Err(Refusal::Revoked)));
+    assert_eq!(code(world.enrol(&token, &key).await), "server_revoked");
+    let bound = world.token(1, Some(enrolled.server)).await;
+    assert_eq!(code(world.enrol(&bound, &super::tests::key()).await), "server_revoked");
+}
+
+#[tokio::test]
+async fn another_protocol_is_refused_by_its_number() {
+    let world = World::new().await;
+    let enrolled = world.enrol(&world.token(1, None).await, &key()).await.expect("enrolled");
+    let newer = v1::Hello { protocol: PROTOCOL + 1, ..hello() };
+    let refused = world.enrolment.admit(&world.identity(&enrolled), &newer).await.expect_err("refused");
+    assert_eq!(refused.code(), "protocol");
+}
+
+#[tokio::test]
+async fn a_renewed_key_takes_over_with_its_first_hello_and_not_before() {
+    let world = World::new().await;
+    let old = world.enrol(&world.token(1, None).await, &key()).await.expect("enrolled");
+    let next = key();
+    let csr = CertificateParams::default().serialize_request(&next).expect("a request");
+    let renewed = world.enrolment.renew(&world.identity(&old), csr.der()).await.expect("renewed");
+    let new = Enrolled { certificate_der: renewed.certificate_der, ..old.clone() };
+    assert!(world.admit(&old).await.is_ok(), "the old key holds until the new one has spoken");
+    assert!(world.admit(&new).await.is_ok());
+    assert!(matches!(world.admit(&old).await, Err(Refusal::Unknown)));
+}
+
+#[tokio::test]
+async fn a_key_that_another_server_has_is_not_signed_in_a_renewal() {
+    let world = World::new().await;
+    let victim = key();
+    world.enrol(&world.token(1, None).await, &victim).await.expect("enrolled");
+    let thief = world.enrol(&world.token(1, None).await, &key()).await.expect("enrolled");
+    let csr = CertificateParams::default().serialize_request(&victim).expect("a request");
+    let refused = world.enrolment.renew(&world.identity(&thief), csr.der()).await.expect_err("refused");
+    assert_eq!(refused.code(), "key_in_use");
+}

@@ -1,0 +1,10 @@
+//! The ground: clock, durable files, random numbers and the TLS listener.
+//!
+//! Knows nothing of Hestner and imports nothing of ours. Time and randomness enter the process here and
+//! travel up by argument, so that everything above can be tested without waiting.
+
+pub mod clock;
+pub mod files;
+pub mod random;
+pub mod span;
+pub mod tls;

@@ -1,0 +1,556 @@
+//! An agent on loopback: its settings, its daemon, its command line.
+//!
+//! [`AgentBuilder`] writes settings and grants and enrols; [`Agent`] runs the daemon and speaks to it as a
+//! person would. Everything the agent needs lies in one folder owned by the user it runs as. The daemon
+//! and all that it started end with the handle.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::clock::{wait_for, wait_until};
+use crate::command::{Cmd, Ended, Started};
+use crate::files;
+use crate::processes::{self, Process};
+use crate::receiver::Receiver;
+use crate::restic::{FaultyRestic, Repository, STOCK};
+use crate::service::Service;
+use crate::world::{Company, bin};
+
+/// How long a start may take on a busy machine.
+const START_WITHIN: Duration = Duration::from_secs(30);
+/// How long one snapshot of a test's small source may take.
+const RUN_WITHIN: Duration = Duration::from_secs(180);
+
+/// An agent to be.
+#[derive(Clone)]
+pub struct AgentBuilder {
+    folder: PathBuf,
+    receiver: [String; 2],
+    token: String,
+    fingerprint: String,
+    uid: Option<u32>,
+    restic: PathBuf,
+    state: PathBuf,
+    destinations: Vec<(String, PathBuf)>,
+    services: Vec<Service>,
+    grants: Vec<(String, String, String)>,
+    sections: Vec<(String, String)>,
+}
+
+impl AgentBuilder {
+    /// One with a destination `local` in its own folder, for a receiver and a company.
+    pub fn new(folder: &Path, receiver: &Receiver, company: &Company) -> Self {
+        Self {
+            folder: folder.to_owned(),
+            receiver: [receiver.agents().to_string(), receiver.enrolment().to_string()],
+            token: receiver.token(company.id, &[]),
+            fingerprint: company.fingerprint.clone(),
+            uid: None,
+            restic: PathBuf::from(STOCK),
+            state: folder.join("state"),
+            destinations: vec![("local".to_owned(), folder.join("repository"))],
+            services: Vec::new(),
+            grants: Vec::new(),
+            sections: Vec::new(),
+        }
+    }
+
+    /// Runs daemon and command line as this user, so that files can be unreadable.
+    #[must_use]
+    pub fn as_user(mut self, uid: u32) -> Self {
+        self.uid = Some(uid);
+        self
+    }
+
+    /// Uses a program in restic's place.
+    #[must_use]
+    pub fn restic(mut self, faulty: &FaultyRestic) -> Self {
+        self.restic = faulty.program();
+        self
+    }
+
+    /// Puts the state elsewhere.
+    #[must_use]
+    pub fn state(mut self, path: &Path) -> Self {
+        self.state = path.to_owned();
+        self
+    }
+
+    /// Puts the destination `local` elsewhere, or adds another one.
+    #[must_use]
+    pub fn destination(mut self, name: &str, path: &Path) -> Self {
+        self.destinations.retain(|(other, _)| other != name);
+        self.destinations.push((name.to_owned(), path.to_owned()));
+        self
+    }
+
+    /// Adds a service.
+    #[must_use]
+    pub fn service(mut self, service: Service) -> Self {
+        self.services.push(service);
+        self
+    }
+
+    /// Adds a service and allows snapshots of it.
+    #[must_use]
+    pub fn allowed(self, service: Service) -> Self {
+        let name = service.name.clone();
+        self.service(service).grant(&name, "snapshot", "allow")
+    }
+
+    /// Writes a grant.
+    #[must_use]
+    pub fn grant(mut self, service: &str, verb: &str, value: &str) -> Self {
+        self.grants.push((service.to_owned(), verb.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Adds a line to a section of the settings, such as `("floor", "retention_days = 7")`.
+    #[must_use]
+    pub fn setting(mut self, section: &str, line: &str) -> Self {
+        self.sections.push((section.to_owned(), line.to_owned()));
+        self
+    }
+
+    /// Uses this token instead of a fresh one.
+    #[must_use]
+    pub fn token(mut self, token: &str) -> Self {
+        token.clone_into(&mut self.token);
+        self
+    }
+
+    /// Writes the files only.
+    pub fn written(self) -> Agent {
+        let agent = Agent {
+            config: self.folder.join("agent.toml"),
+            log: self.folder.join("agent.log"),
+            binary: self.binary(),
+            server_id: 0,
+            child: None,
+            builder: self,
+        };
+        agent.write_files();
+        agent
+    }
+
+    /// Writes the files and enrols.
+    pub fn enrolled(self) -> Agent {
+        let mut agent = self.written();
+        agent.enrol_again();
+        agent
+    }
+
+    /// Writes the files, enrols, starts the daemon and waits until it is connected.
+    pub fn started(self) -> Agent {
+        let mut agent = self.enrolled();
+        agent.start();
+        agent
+    }
+
+    /// Settings as TOML.
+    pub fn settings(&self) -> String {
+        let mut text = format!(
+            "state_dir = {:?}\nsocket = {:?}\ngrants = {:?}\n",
+            self.state,
+            self.folder.join("control.sock"),
+            self.folder.join("grants.toml"),
+        );
+        let [address, enrolment] = &self.receiver;
+        let mut sections = vec![
+            ("receiver".to_owned(), format!("address = {address:?}\nenrolment_address = {enrolment:?}")),
+            ("repository".to_owned(), format!("restic = {:?}", self.restic)),
+        ];
+        // Neither the machine's units nor its containers matter to most tests.
+        if !self.sections.iter().any(|(name, _)| name == "inventory") {
+            sections.push(("inventory".to_owned(), "systemd = false\ndocker_socket = \"/nonexistent\"".to_owned()));
+        }
+        for (name, line) in &self.sections {
+            match sections.iter_mut().find(|(other, _)| other == name) {
+                Some((_, lines)) => lines.extend(["\n", line]),
+                None => sections.push((name.clone(), line.clone())),
+            }
+        }
+        for (name, lines) in sections {
+            let _ = write!(text, "[{name}]\n{lines}\n");
+        }
+        for (name, path) in &self.destinations {
+            let _ = write!(text, "[[destination]]\nname = {name:?}\nkind = \"folder\"\npath = {path:?}\n");
+        }
+        let destination = &self.destinations[0].0;
+        self.services.iter().for_each(|service| text.push_str(&service.toml(destination)));
+        text
+    }
+
+    fn grants_text(&self) -> String {
+        let mut text = String::new();
+        let mut services: Vec<&String> = self.grants.iter().map(|(service, ..)| service).collect();
+        services.sort();
+        services.dedup();
+        for service in services {
+            let _ = writeln!(text, "[services.{service}]");
+            for (_, verb, value) in self.grants.iter().filter(|(name, ..)| name == service) {
+                let _ = writeln!(text, "{verb} = {value:?}");
+            }
+        }
+        text
+    }
+
+    /// The program; a copy where the user could not reach the one that cargo built.
+    fn binary(&self) -> PathBuf {
+        let built = bin("hestner-agent");
+        if self.uid.is_none() {
+            return built;
+        }
+        let copy = self.folder.with_extension("bin").join("hestner-agent");
+        std::fs::create_dir_all(copy.parent().expect("a parent")).expect("a folder");
+        std::fs::copy(&built, &copy).expect("a copy of the program");
+        copy
+    }
+}
+
+/// An agent on loopback. Ends with its handle.
+pub struct Agent {
+    /// Its settings file.
+    pub config: PathBuf,
+    /// Its log.
+    pub log: PathBuf,
+    /// The server it enrolled as, 0 before.
+    pub server_id: i64,
+    binary: PathBuf,
+    child: Option<Child>,
+    builder: AgentBuilder,
+}
+
+impl Agent {
+    fn write_files(&self) {
+        std::fs::create_dir_all(&self.builder.folder).expect("a folder");
+        std::fs::create_dir_all(&self.builder.state).expect("a folder");
+        for (_, path) in &self.builder.destinations {
+            std::fs::create_dir_all(path).expect("a folder");
+        }
+        files::write(self.grants_file(), self.builder.grants_text());
+        files::write(&self.config, self.builder.settings());
+        if let Some(uid) = self.builder.uid {
+            files::give_to(&self.builder.folder, uid);
+        }
+    }
+
+    /// Changes the settings on disk; the next start, or the next command, sees them.
+    pub fn change(&mut self, change: impl FnOnce(AgentBuilder) -> AgentBuilder) {
+        self.builder = change(self.builder.clone());
+        self.write_files();
+    }
+
+    /// The grants file.
+    pub fn grants_file(&self) -> PathBuf {
+        self.builder.folder.join("grants.toml")
+    }
+
+    /// The state folder.
+    pub fn state(&self) -> &Path {
+        &self.builder.state
+    }
+
+    /// The agent's folder: settings, grants, log.
+    pub fn folder(&self) -> &Path {
+        &self.builder.folder
+    }
+
+    /// Enrols with the builder's token.
+    pub fn enrol(&self, more: &[&str]) -> Ended {
+        self.enrol_with(&self.builder.token, &self.builder.fingerprint, more)
+    }
+
+    /// Enrols with this token and fingerprint.
+    pub fn enrol_with(&self, token: &str, fingerprint: &str, more: &[&str]) -> Ended {
+        let args = ["enroll", "--token-file", "-", "--recovery-fingerprint", fingerprint];
+        self.command(&args).args(more).stdin(format!("{token}\n")).run()
+    }
+
+    /// Enrols with the builder's token, and keeps the server's id.
+    ///
+    /// # Panics
+    /// When it is not admitted.
+    pub fn enrol_again(&mut self) {
+        let enrolled = self.enrol(&["--json"]).json();
+        self.server_id = enrolled["server_id"].as_i64().unwrap_or_else(|| panic!("no server_id in {enrolled}"));
+    }
+
+    /// Whether it holds a certificate.
+    pub fn is_enrolled(&self) -> bool {
+        self.state().join("identity/agent.pem").exists()
+    }
+
+    /// A command line of it.
+    pub fn command(&self, args: &[&str]) -> Cmd {
+        Cmd::new(&self.binary).as_user(self.builder.uid).arg("--config").arg(&self.config).args(args).within(RUN_WITHIN)
+    }
+
+    /// Runs a command line of it.
+    pub fn cli(&self, args: &[&str]) -> Ended {
+        self.command(args).run()
+    }
+
+    /// Starts the daemon and waits until it is connected.
+    pub fn start(&mut self) {
+        self.start_alone();
+        self.wait_connected();
+    }
+
+    /// Starts the daemon and waits until it answers on its socket, with or without a receiver.
+    pub fn start_alone(&mut self) {
+        let log = self.log.clone();
+        self.child = Some(self.command(&["run"]).spawn_logged(&log));
+        wait_until(&format!("the agent to answer, see {}", log.display()), START_WITHIN, || {
+            if let Some(Ok(Some(status))) = self.child.as_mut().map(Child::try_wait) {
+                panic!("the agent ended at once ({status}):\n{}", files::lines(&log).join("\n"));
+            }
+            self.daemon_answers()
+        });
+    }
+
+    fn daemon_answers(&self) -> bool {
+        self.cli(&["status", "--json"]).code == Some(0)
+    }
+
+    /// `status --json`.
+    pub fn status(&self) -> Value {
+        self.cli(&["status", "--json"]).json()
+    }
+
+    /// Waits until the receiver has welcomed it.
+    pub fn wait_connected(&self) {
+        wait_until("the agent to be connected", START_WITHIN, || self.status()["connected"] == true);
+    }
+
+    /// Waits until every report is acknowledged.
+    pub fn wait_outbox_empty(&self) {
+        wait_until("the outbox to be empty", Duration::from_secs(60), || {
+            let status = self.status();
+            status["outbox_reports"] == 0 && status["runs_active"] == 0
+        });
+    }
+
+    /// The daemon's process.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.child.as_ref().expect("a running daemon").id()).expect("a pid")
+    }
+
+    /// Whether the daemon's process runs.
+    pub fn daemon_is_alive(&self) -> bool {
+        processes::is_alive(self.pid())
+    }
+
+    /// SIGKILL for the daemon alone: what it started lives on as it can.
+    pub fn kill9(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    /// SIGTERM, and waits for a clean end.
+    pub fn stop(&mut self) {
+        let pid = self.pid();
+        processes::send(pid, Signal::SIGTERM);
+        let mut child = self.child.take().expect("a running daemon");
+        let status = wait_for("the agent to stop", Duration::from_secs(20), || child.try_wait().ok().flatten());
+        assert!(status.success(), "the agent stopped with {status}");
+    }
+
+    /// The part of that name (`runner`, `worker`, `hook`) below the daemon, when there is one.
+    pub fn part(&self, word: &str) -> Option<Process> {
+        self.parts(word).pop()
+    }
+
+    /// The parts of that name that name our settings or descend from our daemon.
+    pub fn parts(&self, word: &str) -> Vec<Process> {
+        let own = |p: &Process| p.argv.first().is_some_and(|program| program.ends_with("hestner-agent"));
+        processes::descendants(self.pid()).into_iter().filter(|p| own(p) && p.is_part(word)).collect()
+    }
+
+    /// Waits for the part of that name.
+    pub fn wait_part(&self, word: &str) -> Process {
+        wait_for(&format!("a {word} process"), Duration::from_secs(30), || self.part(word))
+    }
+
+    /// The archiver's process: restic with the verb `backup`.
+    pub fn archiver(&self) -> Option<Process> {
+        let below = processes::descendants(self.pid());
+        below.into_iter().find(|p| p.argv.first().is_some_and(|a| a.ends_with("restic")) && p.names("backup"))
+    }
+
+    /// Waits until the archiver has stored its first pack.
+    pub fn wait_archiving(&self) -> Process {
+        let repository = self.repository_path("local");
+        wait_for("the archiver to store packs", Duration::from_secs(60), || {
+            let stored = Repository { path: repository.clone(), password_file: PathBuf::new() }.has_packs();
+            self.archiver().filter(|_| stored)
+        })
+    }
+
+    /// Takes a snapshot to its end.
+    pub fn snapshot(&self, service: &str) -> Run {
+        self.snapshot_started(service).run()
+    }
+
+    /// Takes a snapshot that must succeed.
+    ///
+    /// # Panics
+    /// When it did not.
+    pub fn snapshot_ok(&self, service: &str) -> Run {
+        let ended = self.snapshot_started(service).0.ended();
+        assert_eq!(ended.code, Some(0), "{ended}");
+        let run = Run(ended.any_json());
+        assert_eq!(run.text("status"), "success", "{run:?}");
+        run
+    }
+
+    /// Starts a snapshot and goes on.
+    pub fn snapshot_started(&self, service: &str) -> Snapshotting {
+        Snapshotting(self.command(&["snapshot", service, "--json"]).start())
+    }
+
+    /// Runs, newest first.
+    pub fn runs(&self) -> Vec<Run> {
+        let runs = self.cli(&["runs", "--json"]).json();
+        runs.as_array().expect("a list of runs").iter().cloned().map(Run).collect()
+    }
+
+    /// The newest run.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn last_run(&self) -> Run {
+        self.runs().into_iter().next().expect("a run")
+    }
+
+    /// Waits until the newest run has ended.
+    pub fn wait_last_run_ended(&self) -> Run {
+        wait_for("the newest run to end", RUN_WITHIN, || {
+            let run = self.runs().into_iter().next()?;
+            (run.text("status") == "success" || run.text("status") == "failed").then_some(run)
+        })
+    }
+
+    /// Restores a run.
+    pub fn restore(&self, run_uid: &str, target: &Path) -> Ended {
+        self.cli(&["restore", run_uid, "--target", target.to_str().expect("a path in UTF-8")])
+    }
+
+    /// Folder of the encrypted repository at a destination.
+    pub fn repository_path(&self, destination: &str) -> PathBuf {
+        let found = self.builder.destinations.iter().find(|(name, _)| name == destination);
+        let (_, path) = found.unwrap_or_else(|| panic!("no destination {destination}"));
+        path.join(format!("server-{}-encrypted", self.server_id))
+    }
+
+    /// The encrypted repository at a destination, for stock restic.
+    pub fn repository(&self, destination: &str) -> Repository {
+        Repository {
+            path: self.repository_path(destination),
+            password_file: self.builder.state.join(format!("keys/{destination}-encrypted.password")),
+        }
+    }
+
+    /// Asserts that the repository holds these snapshots only (short or long ids) and no lock.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn assert_repository_holds(&self, expected: &[&Run]) {
+        let repository = self.repository("local");
+        if !repository.path.exists() {
+            assert!(expected.is_empty(), "there is no repository at {}", repository.path.display());
+            return;
+        }
+        let mut held: Vec<String> =
+            repository.snapshots().iter().map(|s| s["id"].as_str().expect("an id").to_owned()).collect();
+        let mut wanted: Vec<String> = expected.iter().map(|run| run.snapshot_id()).collect();
+        held.sort();
+        wanted.sort();
+        let same = held.len() == wanted.len() && held.iter().zip(&wanted).all(|(h, w)| h.starts_with(w.as_str()));
+        assert!(same, "the repository holds {held:?}, expected {wanted:?}");
+        assert_eq!(repository.locks(), Vec::<String>::new(), "locks were left behind");
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let below = self.child.as_ref().map(|_| processes::descendants(self.pid())).unwrap_or_default();
+        self.kill9();
+        below.iter().for_each(|process| processes::kill(process.pid));
+        processes::kill_all_naming(&self.builder.folder);
+    }
+}
+
+/// A `snapshot` command on its way.
+pub struct Snapshotting(Started);
+
+impl Snapshotting {
+    /// The command's end, whatever it is.
+    pub fn ended(self) -> Ended {
+        self.0.ended()
+    }
+
+    /// The run that it printed.
+    pub fn run(self) -> Run {
+        Run(self.0.ended().any_json())
+    }
+}
+
+/// A run as `--json` prints it.
+#[derive(Clone, Debug)]
+pub struct Run(pub Value);
+
+impl Run {
+    /// A text field; empty when it is missing.
+    pub fn text(&self, field: &str) -> &str {
+        self.0[field].as_str().unwrap_or_default()
+    }
+
+    /// A number field.
+    ///
+    /// # Panics
+    /// When it is missing.
+    pub fn number(&self, field: &str) -> u64 {
+        self.0[field].as_u64().unwrap_or_else(|| panic!("no {field} in {}", self.0))
+    }
+
+    /// Its uid.
+    ///
+    /// # Panics
+    /// When it has none.
+    pub fn uid(&self) -> &str {
+        let uid = self.text("run_uid");
+        assert!(!uid.is_empty(), "no run_uid in {}", self.0);
+        uid
+    }
+
+    /// The restic snapshot that its `artifact_url` names.
+    ///
+    /// # Panics
+    /// When it names none.
+    pub fn snapshot_id(&self) -> String {
+        let url = self.text("artifact_url");
+        let (_, id) = url.rsplit_once('/').unwrap_or_else(|| panic!("no artifact in {}", self.0));
+        id.to_owned()
+    }
+
+    /// Asserts that it failed, and why.
+    ///
+    /// # Panics
+    /// When it did not, or for another reason.
+    pub fn assert_failed(&self, class: &str) {
+        assert_eq!((self.text("status"), self.text("error_class")), ("failed", class), "{}", self.0);
+        assert!(!self.text("error_message").is_empty(), "a failed run says what happened: {}", self.0);
+        assert_eq!(self.text("artifact_url"), "", "a failed run has no artifact: {}", self.0);
+    }
+}

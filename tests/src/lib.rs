@@ -1,0 +1,39 @@
+//! Harness of the black-box tests: real binaries, real files, real `restic`.
+//!
+//! A test reads as a story: a [`World`](world::World) is a folder with a receiver that serves, a company
+//! and its keys; [`AgentBuilder`](agent::AgentBuilder) puts an agent into it. Handles end what they
+//! started when they go out of scope, whatever happened to the test. The harness knows the programs by
+//! their command lines, files, sockets and REST only: nothing here imports `agent` or `receiver`, so that
+//! a test cannot pass because both sides share a mistake.
+
+pub mod agent;
+pub mod clock;
+pub mod command;
+pub mod files;
+pub mod http;
+pub mod mounts;
+pub mod processes;
+pub mod receiver;
+pub mod restic;
+pub mod service;
+pub mod tree;
+pub mod world;
+
+pub use agent::{Agent, AgentBuilder, Run};
+pub use clock::{wait_for, wait_until};
+pub use command::{Cmd, Ended};
+pub use receiver::Receiver;
+pub use service::{Hook, Service};
+pub use world::World;
+
+/// True where the test may mount, change owners and start containers. A test that needs it and cannot
+/// have it says so aloud; with `HESTNER_NOTHING_SKIPPED` set, as `scripts/test` does, it fails instead.
+pub fn is_root_or_skips(test: &str) -> bool {
+    if nix::unistd::geteuid().is_root() {
+        return true;
+    }
+    let strict = std::env::var_os("HESTNER_NOTHING_SKIPPED").is_some();
+    assert!(!strict, "{test} needs root, and nothing may be skipped here");
+    eprintln!("SKIPPED: {test} needs root (loop mounts, other users, Docker)");
+    false
+}
