@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 use toml_example::TomlExample;
 
 use crate::platform::command::{CommandError, Limits, Program};
-use crate::source::{self, Mounts, SourceError};
+use crate::platform::files::{self, FileError};
+use crate::platform::mounts::{self, Mounts};
 
 /// How long one snapshot command may take.
 const COMMAND_SECONDS: u64 = 30;
@@ -38,7 +39,7 @@ impl Default for Settings {
 pub enum PointError {
     /// The source's paths cannot be looked at.
     #[error(transparent)]
-    Source(#[from] SourceError),
+    File(#[from] FileError),
     /// A snapshot command could not be run.
     #[error(transparent)]
     Command(#[from] CommandError),
@@ -121,9 +122,9 @@ impl PointPlan {
         let mut snapshots: Vec<Snapshot> = Vec::new();
         let mut binds = Vec::new();
         for path in paths {
-            let Some(subvolume) = source::subvolume_of(path, &mounts)? else { return Ok(Self::Live) };
+            let Some(subvolume) = mounts::subvolume_of(path, &mounts)? else { return Ok(Self::Live) };
             let snapshot = subvolume.join(format!(".hestner-{run_uid}"));
-            let real = path.canonicalize().map_err(|source| SourceError::Unreachable { path: path.clone(), source })?;
+            let real = path.canonicalize().map_err(files::failed("find", path))?;
             let inside = real.strip_prefix(&subvolume).unwrap_or(Path::new(""));
             binds.push(Bind { from: snapshot.join(inside), to: path.clone() });
             if !snapshots.iter().any(|s| s.subvolume == subvolume) {

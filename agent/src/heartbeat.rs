@@ -117,7 +117,7 @@ impl Meter {
         // After a reboot the counter begins anew.
         let sent = sample.network_sent_bytes.checked_sub(self.last.network_sent_bytes);
         self.usage.network_sent_bytes += sent.unwrap_or(sample.network_sent_bytes);
-        self.last = sample.clone();
+        self.last = sample;
         let hour = now.duration_trunc(TimeDelta::hours(1)).unwrap_or(now);
         if hour == self.hour {
             return None;
@@ -168,7 +168,7 @@ impl Heart {
         let now = self.clock.now();
         let heartbeat = probe.look(now);
         let cores = probe.system.cpus().len().max(1);
-        if let Some(usage) = meter.take(heartbeat.clone(), now, cores) {
+        if let Some(usage) = meter.take(heartbeat, now, cores) {
             // The other end is gone only when the daemon stops.
             let _ = self.usage.send(usage).await;
         }

@@ -6,6 +6,7 @@
 pub mod lifecycle;
 pub mod platform;
 
+pub mod escrow;
 pub mod policy;
 pub mod status;
 pub mod store;

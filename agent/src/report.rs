@@ -8,8 +8,8 @@ use hestner_proto::words::{Consistency, ErrorClass, Phase, RunKind, RunStatus, S
 use prost::Message as _;
 use serde::{Deserialize, Serialize};
 
-/// How many unreadable entries a run names.
-pub const UNREADABLE_NAMES_MAX: usize = 20;
+use crate::escrow::{EscrowedKey, RepositoryKey};
+
 /// Longest log tail of a run, in bytes.
 pub const LOG_TAIL_BYTES_MAX: usize = 8 * 1024;
 
@@ -46,36 +46,6 @@ pub struct Usage {
     pub disk_used_bytes: u64,
     /// Sent by all interfaces.
     pub network_sent_bytes: u64,
-}
-
-/// The key that opens a repository, as the company gets it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RepositoryKey {
-    /// restic's id of the repository.
-    pub repository_id: String,
-    /// Name of the destination.
-    pub destination: String,
-    /// The key.
-    pub key: EscrowedKey,
-}
-
-/// How the key travels.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum EscrowedKey {
-    /// Encrypted for the company's recovery key.
-    Wrapped(Vec<u8>),
-    /// In the clear, where the host's settings switch encryption off.
-    Open(String),
-}
-
-impl std::fmt::Debug for EscrowedKey {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Wrapped(_) => "Wrapped(..)",
-            Self::Open(_) => "Open(..)",
-        })
-    }
 }
 
 /// All that is known of a run: the line in `runs`, the file in the runner's ledger, the report.
@@ -299,15 +269,5 @@ mod tests {
         assert_eq!(run.snapshot_id(), Some("abc"));
         run.fail(ErrorClass::VerifyFailed, "it differs", 3_500);
         assert_eq!((run.snapshot_id(), run.duration_ms), (None, 2_500));
-    }
-
-    #[test]
-    fn open_key_is_not_printed() {
-        let key = RepositoryKey {
-            repository_id: "r".into(),
-            destination: "d".into(),
-            key: EscrowedKey::Open("secret".into()),
-        };
-        assert!(!format!("{key:?}").contains("secret"));
     }
 }

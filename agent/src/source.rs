@@ -1,5 +1,5 @@
-//! What a service's data is before anybody reads it: do the paths exist, on which filesystems do they lie,
-//! and are they still the same afterwards.
+//! What a service's data is before anybody reads it: do the paths exist, and are they still the same
+//! afterwards.
 //!
 //! Reads names and numbers, never contents. The archiver may exit with 0 although one of two paths was
 //! missing, so the paths are looked at here before and after it ran.
@@ -9,10 +9,6 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
-
-/// A btrfs subvolume's root has this inode number
-/// (<https://btrfs.readthedocs.io/en/latest/btrfs-subvolume.html>).
-const SUBVOLUME_ROOT_INODE: u64 = 256;
 
 /// A path of a source that is not as it must be.
 #[derive(Debug, thiserror::Error)]
@@ -32,9 +28,6 @@ pub enum SourceError {
     /// It was replaced while it was being read.
     #[error("the path {0} was replaced by another while it was read")]
     Replaced(PathBuf),
-    /// The list of mounts cannot be read.
-    #[error("cannot read the list of mounts")]
-    Mounts(#[source] io::Error),
 }
 
 /// Paths that exist, each with what it was when it was looked at.
@@ -113,90 +106,9 @@ pub fn unstorable_links(paths: &[PathBuf], exclude: &[String], limit: usize) -> 
     found
 }
 
-/// One line of `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mount {
-    /// Where it is mounted.
-    pub point: PathBuf,
-    /// Type of the filesystem, such as `btrfs`.
-    pub kind: String,
-}
-
-/// The mounts that this process sees.
-#[derive(Clone, Debug, Default)]
-pub struct Mounts(Vec<Mount>);
-
-impl Mounts {
-    /// Reads them.
-    ///
-    /// # Errors
-    /// When `/proc` is not mounted.
-    pub fn read() -> Result<Self, SourceError> {
-        std::fs::read_to_string("/proc/self/mountinfo").map(|text| Self::parse(&text)).map_err(SourceError::Mounts)
-    }
-
-    fn parse(text: &str) -> Self {
-        Self(text.lines().filter_map(parse_mount).collect())
-    }
-
-    /// The mount that holds a path: the longest one above it, the latest of equals.
-    pub fn holding(&self, path: &Path) -> Option<&Mount> {
-        self.0.iter().filter(|mount| path.starts_with(&mount.point)).max_by_key(|mount| mount.point.as_os_str().len())
-    }
-
-    /// Mounts strictly below a path.
-    pub fn below<'a>(&'a self, path: &'a Path) -> impl Iterator<Item = &'a Mount> {
-        self.0.iter().filter(move |mount| mount.point.starts_with(path) && mount.point != path)
-    }
-}
-
-fn parse_mount(line: &str) -> Option<Mount> {
-    let (before, after) = line.split_once(" - ")?;
-    let point = before.split(' ').nth(4)?;
-    let kind = after.split(' ').next()?;
-    Some(Mount { point: PathBuf::from(unescape(point)), kind: kind.to_owned() })
-}
-
-/// Undoes the kernel's `\040` for a space, `\011`, `\012` and `\134`.
-fn unescape(text: &str) -> String {
-    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
-        .into_iter()
-        .fold(text.to_owned(), |text, (code, plain)| text.replace(code, plain))
-}
-
-/// The root of the btrfs subvolume that holds a path; `None` when the path is not on btrfs.
-///
-/// # Errors
-/// When the path cannot be reached.
-pub fn subvolume_of(path: &Path, mounts: &Mounts) -> Result<Option<PathBuf>, SourceError> {
-    let unreachable = |source| SourceError::Unreachable { path: path.to_owned(), source };
-    let real = path.canonicalize().map_err(unreachable)?;
-    let Some(mount) = mounts.holding(&real).filter(|mount| mount.kind == "btrfs") else { return Ok(None) };
-    for folder in real.ancestors().take_while(|folder| folder.starts_with(&mount.point)) {
-        if folder.symlink_metadata().map_err(unreachable)?.ino() == SUBVOLUME_ROOT_INODE {
-            return Ok(Some(folder.to_owned()));
-        }
-    }
-    Ok(None)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const MOUNTINFO: &str = "22 1 254:0 / / rw - ext4 /dev/vda rw\n\
-        40 22 0:30 /a /srv/with\\040space rw,relatime shared:1 - btrfs /dev/loop0 rw\n\
-        41 40 0:31 / /srv/with\\040space/deep rw - tmpfs tmpfs rw\n";
-
-    #[test]
-    fn longest_mount_above_holds_a_path() {
-        let mounts = Mounts::parse(MOUNTINFO);
-        let kind = |path: &str| mounts.holding(Path::new(path)).map(|m| m.kind.clone());
-        assert_eq!(kind("/srv/with space/x").as_deref(), Some("btrfs"));
-        assert_eq!(kind("/srv/with space/deep/x").as_deref(), Some("tmpfs"));
-        assert_eq!(kind("/srv/with spaces").as_deref(), Some("ext4"));
-        assert_eq!(mounts.below(Path::new("/srv")).count(), 2);
-    }
 
     #[test]
     fn path_that_was_replaced_is_noticed() {

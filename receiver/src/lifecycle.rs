@@ -55,7 +55,12 @@ impl Drop for Watch {
     fn drop(&mut self) {
         let unexpected = std::thread::panicking() || !(self.may_end || self.tasks.drain.has_begun());
         if unexpected {
-            tracing::error!(event = "task_ended", task = self.name, "a task ended that must not; stopping");
+            tracing::error!(
+                event = "task_ended",
+                component = "lifecycle",
+                task = self.name,
+                "a task ended that must not; stopping"
+            );
             if let Ok(mut broken) = self.tasks.broken.lock() {
                 broken.get_or_insert(self.name);
             }
@@ -102,9 +107,9 @@ impl Tasks {
         tokio::select! {
             () = self.tracker.wait() => {}
             () = tokio::time::sleep(DRAIN_TIME_MAX) => {
-                tracing::warn!(event = "drain_deadline", tasks = self.tracker.len(), "stopping although tasks still run");
+                tracing::warn!(event = "drain_deadline", component = "lifecycle", tasks = self.tracker.len(), "stopping although tasks still run");
             }
-            () = cut_short => tracing::warn!(event = "drain_cut_short", "stopping at once"),
+            () = cut_short => tracing::warn!(event = "drain_cut_short", component = "lifecycle", "stopping at once"),
         }
         let broken = self.broken.lock().map(|broken| *broken).unwrap_or(Some("unknown"));
         broken.map_or(Ok(()), Err)

@@ -302,8 +302,11 @@ fn stream_with_runner_and_worker_killed_together_commits_nothing() {
 fn file_that_vanishes_during_the_archive_is_counted_apart_and_the_run_succeeds() {
     let world = World::new("gate-vanish");
     let source = world.source("source");
-    // restic reads a folder's names, then each file: a large one first keeps it busy.
-    files::write(source.join("a-first.bin"), files::random_bytes(30_000_000));
+    // restic reads a folder's names, then opens its files one by one as its readers come free: large ones
+    // first keep them busy.
+    for number in 0..6 {
+        files::write(source.join(format!("a-first-{number}.bin")), files::random_bytes(8_000_000));
+    }
     for number in 0..40 {
         files::write(source.join(format!("z-vanishing-{number}.txt")), "soon gone");
     }

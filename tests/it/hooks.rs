@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use hestner_tests::{Agent, Hook, Service, World, files, processes, wait_for, wait_until};
+use hestner_tests::{Agent, Hook, Service, World, clock, files, processes, wait_for, wait_until};
 
 /// What a pre hook of the matrix does, besides noting that it was started.
 #[derive(Clone, Copy, Debug)]
@@ -262,9 +262,9 @@ fn assert_released(agent: &Agent, notes: &Path, uid: &str, first: &[i32]) {
         agent.runs().into_iter().find(|run| run.uid() == uid && run.text("status") == "failed")
     });
     run.assert_failed("interrupted");
-    wait_until("the first hook's processes to be gone", Duration::from_secs(10), || {
-        first.iter().all(|pid| !processes::is_alive(*pid))
-    });
+    let alive = || -> Vec<_> { first.iter().filter_map(|pid| processes::read(*pid)).collect() };
+    let gone = clock::eventually(Duration::from_secs(10), || alive().is_empty());
+    assert!(gone, "the first hook's processes are still there: {:?}", alive());
     let pre = started_lines(notes).iter().filter(|line| *line == "pre a").count();
     assert_eq!(pre, 1, "a pre hook is never started twice");
     agent.assert_repository_holds(&[]);

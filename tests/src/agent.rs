@@ -23,6 +23,8 @@ use crate::world::{Company, bin};
 
 /// How long a start may take on a busy machine.
 const START_WITHIN: Duration = Duration::from_secs(30);
+/// The agent stays away for up to a minute when sessions kept breaking.
+const CONNECTED_WITHIN: Duration = Duration::from_secs(100);
 /// How long one snapshot of a test's small source may take.
 const RUN_WITHIN: Duration = Duration::from_secs(180);
 
@@ -325,7 +327,7 @@ impl Agent {
 
     /// Waits until the receiver has welcomed it.
     pub fn wait_connected(&self) {
-        wait_until("the agent to be connected", START_WITHIN, || self.status()["connected"] == true);
+        wait_until("the agent to be connected", CONNECTED_WITHIN, || self.status()["connected"] == true);
     }
 
     /// Waits until every report is acknowledged.

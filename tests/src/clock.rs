@@ -44,6 +44,18 @@ pub fn wait_until(what: &str, within: Duration, mut holds: impl FnMut() -> bool)
     wait_for(what, within, || holds().then_some(()));
 }
 
+/// Waits until `holds`, and says whether it did.
+pub fn eventually(within: Duration, mut holds: impl FnMut() -> bool) -> bool {
+    let end = now() + within;
+    while !holds() {
+        if now() >= end {
+            return false;
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+    true
+}
+
 /// Lets `time` pass: for measuring, and for faults at varying moments. Never to wait for something.
 pub fn let_pass(time: Duration) {
     std::thread::sleep(time);

@@ -36,15 +36,6 @@ impl Mounted {
     pub fn path(&self) -> &Path {
         &self.path
     }
-
-    /// Makes it larger while it is mounted (ext4).
-    pub fn grow(&self, megabytes: u32) {
-        let image = self.path.with_extension("image");
-        let device = Cmd::new("findmnt").args(["-no", "SOURCE"]).arg(&self.path).ok();
-        Cmd::new("truncate").arg("-s").arg(format!("{megabytes}M")).arg(&image).ok();
-        Cmd::new("losetup").arg("-c").arg(device.trim()).ok();
-        Cmd::new("resize2fs").arg(device.trim()).ok();
-    }
 }
 
 impl Drop for Mounted {

@@ -42,8 +42,17 @@ pub(super) async fn run(settings: &Settings, arguments: &Arguments) -> Result<()
             next,
         ));
     }
+    let fingerprint = arguments.recovery_fingerprint.trim();
+    if !is_fingerprint(fingerprint) {
+        let next = "type what `hestner-receiver company add` printed: sha256: and 32 digits; nothing was sent";
+        return Err(Complaint::mend(
+            "recovery_fingerprint_malformed",
+            format!("`{fingerprint}` is no fingerprint"),
+            next,
+        ));
+    }
     let hostname = nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let invitation = Invitation { token, recovery_fingerprint: arguments.recovery_fingerprint.clone(), hostname };
+    let invitation = Invitation { token, recovery_fingerprint: fingerprint.to_owned(), hostname };
     let keeper = Keeper::of(&settings.state_dir);
     let identity = enrol(&settings.receiver.enrolment_address, &keeper, &invitation).await.map_err(complaint)?;
     if arguments.json {
@@ -57,6 +66,11 @@ pub(super) async fn run(settings: &Settings, arguments: &Arguments) -> Result<()
         output::line("next: allow what the centre may ask for, such as `hestner-agent grants allow SERVICE snapshot`");
     }
     Ok(())
+}
+
+fn is_fingerprint(text: &str) -> bool {
+    let is_digit = |b: u8| matches!(b, b'0'..=b'9' | b'a'..=b'f');
+    text.strip_prefix("sha256:").is_some_and(|digits| digits.len() == 32 && digits.bytes().all(is_digit))
 }
 
 fn complaint(error: EnrolmentError) -> Complaint {

@@ -14,10 +14,11 @@ use hestner_proto::{sha256_hex, v1};
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 
 use super::settings::Limits;
+use crate::escrow::EscrowedKey;
 use crate::lifecycle::Tasks;
 use crate::platform::backoff::{Backoff, random_u64};
 use crate::platform::clock::SharedClock;
-use crate::report::{EscrowedKey, Report, RunRecord};
+use crate::report::{Report, RunRecord};
 use crate::run::launcher::{LaunchError, Runner};
 use crate::run::ledger::Ledger;
 use crate::run::messages::{Event, Failure, Finished, Request};

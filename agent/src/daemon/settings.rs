@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use hestner_proto::words::ErrorClass;
 use serde::Deserialize;
+use toml::de::{DeTable, DeValue};
 use toml_example::TomlExample;
 
 use crate::identity::Keeper;
@@ -194,13 +195,15 @@ impl Settings {
     fn parse(path: &Path, text: &str) -> Result<Self, SettingsError> {
         let syntax =
             |error: toml::de::Error| SettingsError::Syntax { path: path.to_owned(), reason: error.to_string() };
-        let settings: Self = toml::from_str(text).map_err(syntax)?;
-        let mistakes = settings.mistakes();
-        if mistakes.is_empty() {
-            Ok(settings)
-        } else {
-            Err(SettingsError::Mistakes { path: path.to_owned(), mistakes })
-        }
+        let mistakes = match toml::from_str::<Self>(text) {
+            Ok(settings) => match settings.mistakes() {
+                none if none.is_empty() => return Ok(settings),
+                mistakes => mistakes,
+            },
+            // The first one is known; whoever mends the file wants them all.
+            Err(first) => mistakes_of_form(text).filter(|all| !all.is_empty()).ok_or_else(|| syntax(first))?,
+        };
+        Err(SettingsError::Mistakes { path: path.to_owned(), mistakes })
     }
 
     fn mistakes(&self) -> Vec<String> {
@@ -275,6 +278,44 @@ impl Settings {
     }
 }
 
+/// Every key or block that cannot be understood, each by itself. `None`: the text is no TOML at all.
+fn mistakes_of_form(text: &str) -> Option<Vec<String>> {
+    let (spans, values) = (DeTable::parse(text).ok()?, text.parse::<toml::Table>().ok()?);
+    let mut found = Vec::new();
+    for (key, value) in spans.get_ref() {
+        let name = key.get_ref().to_string();
+        let whole = values.get(&name)?;
+        for (at, part) in parts(key.span().start, value.get_ref(), whole) {
+            let piece = toml::Table::from_iter([(name.clone(), part)]);
+            if let Err(error) = Settings::deserialize(toml::Value::Table(piece)) {
+                let line = text[..at].matches('\n').count() + 1;
+                found.push(format!("line {line}: {}", error.message()));
+            }
+        }
+    }
+    Some(found)
+}
+
+/// Takes a value apart: a section into its keys, a list of blocks into its blocks.
+fn parts(at: usize, spans: &DeValue<'_>, whole: &toml::Value) -> Vec<(usize, toml::Value)> {
+    match (spans, whole) {
+        (DeValue::Table(spans), toml::Value::Table(section)) => {
+            let one = |(key, value): (&String, &toml::Value)| {
+                let at = spans.iter().find(|(k, _)| k.get_ref() == key).map_or(at, |(k, _)| k.span().start);
+                (at, toml::Value::Table(toml::Table::from_iter([(key.clone(), value.clone())])))
+            };
+            section.iter().map(one).collect()
+        }
+        (DeValue::Array(spans), toml::Value::Array(blocks)) => {
+            let one = |(span, block): (&toml::Spanned<DeValue<'_>>, &toml::Value)| {
+                (span.span().start, toml::Value::Array(vec![block.clone()]))
+            };
+            spans.iter().zip(blocks).map(one).collect()
+        }
+        _ => vec![(at, whole.clone())],
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -321,6 +362,20 @@ mod tests {
             "belong to a source of kind `files`",
             "neither `pre_freeze` nor `post_thaw`",
             "`timeout` must be longer than 0",
+        ] {
+            assert!(error.contains(part), "{part} is not in:\n{error}");
+        }
+    }
+
+    #[test]
+    fn every_key_that_cannot_be_understood_is_named_with_its_line() {
+        let text = "no_such = 1\n[floor]\nretention_dyas = 1\nretention_count = \"x\"\n[[destination]]\nname = \"d\"\nkind = \"floppy\"\npath = \"/x\"\n";
+        let error = parse(text).unwrap_err().to_string();
+        for part in [
+            "line 1: unknown field `no_such`",
+            "line 3: unknown field `retention_dyas`",
+            "line 4: invalid type",
+            "floppy",
         ] {
             assert!(error.contains(part), "{part} is not in:\n{error}");
         }

@@ -1,7 +1,7 @@
 //! Other programs, run with a deadline and a bound on what they may say.
 //!
-//! Every child dies with the thread that started it, gets an environment of its own (nothing is
-//! inherited but `PATH` and `LANG`), and is killed when its [`Deadline`] passes or its handle is dropped.
+//! Every child gets an environment of its own (nothing is inherited but `PATH` and `LANG`), and it is said of
+//! each whether it dies with its parent or ends by itself ([`End`]).
 
 use std::ffi::OsString;
 use std::io;
@@ -127,32 +127,28 @@ impl Program {
         command
     }
 
-    /// Starts it with the given standard streams. It dies with this thread and with the handle.
+    /// Starts it with the given standard streams; `inherit` are descriptors that it gets as well.
     ///
     /// # Errors
     /// [`CommandError::Start`].
-    pub fn spawn(&self, streams: Streams, inherit: &[&dyn AsFd]) -> Result<tokio::process::Child, CommandError> {
+    pub fn spawn(
+        &self,
+        streams: Streams,
+        end: End,
+        inherit: &[&dyn AsFd],
+    ) -> Result<tokio::process::Child, CommandError> {
         let mut command = self.prepare();
         command.stdin(streams.stdin).stdout(streams.stdout).stderr(streams.stderr);
-        process::die_with_parent(&mut command);
+        match end {
+            End::WithParent => process::die_with_parent(&mut command),
+            End::ByItself => process::detach(&mut command, None),
+        }
         for fd in inherit {
             process::inherit(&mut command, fd.as_fd());
         }
         let mut command = tokio::process::Command::from(command);
-        command.kill_on_drop(true);
+        command.kill_on_drop(end == End::WithParent);
         command.spawn().map_err(|source| CommandError::Start { program: self.path.clone(), source })
-    }
-
-    /// Starts it so that it outlives this process: it has to bring its own work to an end.
-    ///
-    /// # Errors
-    /// [`CommandError::Start`].
-    pub fn spawn_independent(&self, streams: Streams) -> Result<tokio::process::Child, CommandError> {
-        let mut command = self.prepare();
-        command.stdin(streams.stdin).stdout(streams.stdout).stderr(streams.stderr);
-        process::detach(&mut command, None);
-        let spawned = tokio::process::Command::from(command).spawn();
-        spawned.map_err(|source| CommandError::Start { program: self.path.clone(), source })
     }
 
     /// Runs it to its end.
@@ -160,7 +156,7 @@ impl Program {
     /// # Errors
     /// When it cannot be started, or does not end before `deadline`. Another exit code than 0 is no error.
     pub async fn run(&self, stdin: &[u8], limits: Limits) -> Result<Output, CommandError> {
-        let mut child = self.spawn(Streams::piped(), &[])?;
+        let mut child = self.spawn(Streams::piped(), End::WithParent, &[])?;
         let pipe = |source| CommandError::Pipe { program: self.path.clone(), source };
         let input = child.stdin.take();
         let (out, err) = (child.stdout.take(), child.stderr.take());
@@ -184,6 +180,15 @@ impl Program {
             Err(_) => Err(CommandError::Timeout { program: self.path.clone(), seconds: limits.timeout.as_secs() }),
         }
     }
+}
+
+/// What ends a child.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It is killed when the thread that started it ends, or its handle is dropped.
+    WithParent,
+    /// It watches its input, and has work of its own to bring to an end when that closes.
+    ByItself,
 }
 
 /// Bounds of a run.

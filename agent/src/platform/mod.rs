@@ -8,5 +8,6 @@ pub mod backoff;
 pub mod clock;
 pub mod command;
 pub mod files;
+pub mod mounts;
 pub mod process;
 pub mod trust;

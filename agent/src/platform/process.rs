@@ -180,8 +180,12 @@ pub fn reap_all(mut on_exit: impl FnMut(Pid, WaitStatus)) -> bool {
     }
 }
 
-/// Whether a process exists and runs the program of that name (as the kernel shows it, 15 bytes).
+/// Whether a process lives and runs the program of that name (as the kernel shows it, 15 bytes). One that
+/// has ended and was not waited for yet does not live.
 pub fn is_running_as(pid: i32, name: &str) -> bool {
+    if parent_of(pid).is_none() {
+        return false;
+    }
     let comm = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("comm"));
     comm.is_ok_and(|comm| comm.trim_end() == name)
 }

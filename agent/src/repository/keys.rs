@@ -10,8 +10,8 @@ use std::path::Path;
 use hestner_proto::sha256_hex;
 
 use super::{Mode, RepositoryError};
+use crate::escrow::{EscrowedKey, RepositoryKey};
 use crate::platform::files;
-use crate::report::{EscrowedKey, RepositoryKey};
 
 /// Bytes of randomness in a password; it is written as hex.
 const PASSWORD_RANDOM_BYTES: usize = 32;

@@ -1,15 +1,22 @@
 //! Locks that dead processes left in a repository.
 //!
-//! `restic unlock` tests whether a lock's process lives by sending it SIGHUP: on a host where the number
-//! has been given to somebody else since, that ends an innocent process. So a lock is judged here: it is
+//! `restic unlock` (0.14) tests whether a lock's process lives by sending it SIGHUP: on a host where the
+//! number has been given to somebody else since, that ends an innocent process, and the lock stays (tried). So a lock is judged here: it is
 //! stale when it was made on this host and its process is gone or is another program by now. Locks of
 //! other hosts are never touched.
 
 use std::path::Path;
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::RepositoryError;
 use super::restic::{LockFile, Restic};
 use crate::platform::{files, process};
+
+/// How long a process may take to die of a SIGKILL that was already sent.
+const DYING_WAIT: Duration = Duration::from_secs(3);
+const DYING_PAUSE: Duration = Duration::from_millis(50);
 
 pub(super) async fn clear_stale(engine: &Restic, repository: &Path) -> Result<(), RepositoryError> {
     let folder = repository.join("locks");
@@ -22,12 +29,26 @@ pub(super) async fn clear_stale(engine: &Restic, repository: &Path) -> Result<()
     for id in ids {
         // A lock that went away meanwhile was not stale.
         let Ok(lock) = engine.lock(&id).await else { continue };
-        if is_stale(&lock, &host, engine.program_name()) {
+        if becomes_stale(&lock, &host, engine.program_name()).await {
             files::remove(&folder.join(&id))?;
             tracing::warn!(event = "stale_lock_removed", pid = lock.pid);
         }
     }
     Ok(())
+}
+
+/// A process that was just killed is still there for a moment, so that one that lives is looked at again.
+async fn becomes_stale(lock: &LockFile, host: &str, program: &str) -> bool {
+    let give_up = Instant::now() + DYING_WAIT;
+    loop {
+        if is_stale(lock, host, program) {
+            return true;
+        }
+        if lock.hostname != host || Instant::now() >= give_up {
+            return false;
+        }
+        tokio::time::sleep(DYING_PAUSE).await;
+    }
 }
 
 fn is_stale(lock: &LockFile, host: &str, program: &str) -> bool {

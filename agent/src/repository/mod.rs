@@ -32,12 +32,15 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use toml_example::TomlExample;
 
+use crate::escrow::RepositoryKey;
 use crate::platform::files;
 use crate::policy::DestinationSettings;
-use crate::report::RepositoryKey;
 
 pub use contents::Contents;
 pub use errors::{EntryErrors, RepositoryError};
+
+/// How many unreadable entries are named.
+pub const UNREADABLE_NAMES_MAX: usize = 20;
 
 /// Settings of repositories.
 #[derive(Clone, Debug, Deserialize, TomlExample)]
@@ -182,7 +185,7 @@ pub struct Stored {
     pub snapshot_id: String,
     /// Read from the source.
     pub bytes_read: u64,
-    /// Added to the repository.
+    /// Added to the repository; known when it was read back.
     pub bytes_stored: u64,
     /// Files in the artifact.
     pub files: u64,
@@ -305,7 +308,7 @@ impl Repository {
         Ok(Stored {
             snapshot_id: self.full_id(&job.run_uid, &snapshot_id).await?,
             bytes_read: ended.bytes_read,
-            bytes_stored: ended.bytes_stored,
+            bytes_stored: 0,
             files: ended.files,
             vanished: ended.errors.vanished,
         })

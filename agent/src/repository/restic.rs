@@ -15,10 +15,10 @@ use chrono::{DateTime, Utc};
 use serde::Deserialize;
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, BufReader};
 
+use super::UNREADABLE_NAMES_MAX;
 use super::errors::{EntryErrors, RepositoryError};
 use super::{Input, Job, Location, Progress, Snapshot};
-use crate::platform::command::{Limits, Output, Program, Streams, printable};
-use crate::report::UNREADABLE_NAMES_MAX;
+use crate::platform::command::{End, Limits, Output, Program, Streams, printable};
 
 /// Exit code of a backup that committed although entries could not be read.
 const EXIT_PARTIAL: i32 = 3;
@@ -57,7 +57,6 @@ pub(super) struct Ended {
     pub(super) partial: bool,
     pub(super) errors: EntryErrors,
     pub(super) bytes_read: u64,
-    pub(super) bytes_stored: u64,
     pub(super) files: u64,
 }
 
@@ -84,7 +83,6 @@ enum Line {
         bytes_done: u64,
     },
     Summary {
-        data_added: u64,
         total_files_processed: u64,
         total_bytes_processed: u64,
         snapshot_id: String,
@@ -201,7 +199,7 @@ impl Restic {
         let stdin = stream.map_or_else(Stdio::null, Stdio::from);
         let program = self.backup_program(job);
         let streams = Streams { stdin, stdout: Stdio::piped(), stderr: Stdio::piped() };
-        let mut child = program.spawn(streams, &[])?;
+        let mut child = program.spawn(streams, End::WithParent, &[])?;
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         let mut ended = Ended::default();
         let mut errors = Errors::default();
@@ -216,10 +214,9 @@ impl Restic {
                             files_total: total_files,
                             seconds_remaining
                         }),
-                    Ok(Line::Summary { data_added, total_files_processed, total_bytes_processed, snapshot_id }) => {
+                    Ok(Line::Summary { total_files_processed, total_bytes_processed, snapshot_id }) => {
                         ended.snapshot_id = Some(snapshot_id);
                         ended.bytes_read = total_bytes_processed;
-                        ended.bytes_stored = data_added;
                         ended.files = total_files_processed;
                     }
                     _ => {}

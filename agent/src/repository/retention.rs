@@ -31,7 +31,7 @@ pub fn expired(mut all: Vec<Candidate>, rules: Rules, now: DateTime<Utc>) -> Vec
     if rules.days == 0 && rules.count == 0 {
         return Vec::new();
     }
-    all.sort_by(|a, b| b.time.cmp(&a.time));
+    all.sort_by_key(|c| std::cmp::Reverse(c.time));
     let keep_newest = rules.count.max(1) as usize;
     let old = |c: &Candidate| now - c.time >= TimeDelta::days(i64::from(rules.days));
     let mut gone: Vec<Candidate> = all.into_iter().skip(keep_newest).filter(old).collect();

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::hook::{self, Spec};
 use super::messages::{Failure, Work, WorkerEvent, WorkerOrder, WorkerTask, receive, send};
-use crate::platform::command::{Program, Streams};
+use crate::platform::command::{End, Program, Streams};
 use crate::platform::files::Lock;
 use crate::policy::ServiceSettings;
 use crate::repository::{Location, Progress};
@@ -27,7 +27,7 @@ const STOP_GRACE: Duration = Duration::from_secs(20);
 /// What a worker says while it works.
 pub(super) enum Said {
     /// Its repository is open.
-    Opened(crate::report::RepositoryKey),
+    Opened(crate::escrow::RepositoryKey),
     /// How far it is.
     Progress(Phase, Progress),
 }
@@ -85,7 +85,8 @@ impl Worker {
             _ => program,
         };
         let streams = Streams { stderr: std::process::Stdio::inherit(), ..Streams::piped() };
-        let mut child = program.spawn(streams, &inherit).map_err(|e| Failure::of(ErrorClass::WorkerKilled, &e))?;
+        let mut child =
+            program.spawn(streams, End::WithParent, &inherit).map_err(|e| Failure::of(ErrorClass::WorkerKilled, &e))?;
         let (Some(mut orders), Some(events)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(Failure::new(ErrorClass::WorkerKilled, "the worker has no standard streams"));
         };

@@ -17,11 +17,12 @@ use super::log::Tail;
 use super::machine::{self, Action, Machine};
 use super::messages::{Event, Failure, Finished, Work, WorkerEvent};
 use super::plan::{Host, Plan};
+use crate::escrow::RepositoryKey;
 use crate::freeze::{self, Point, PointPlan};
 use crate::platform::clock::SharedClock;
 use crate::platform::files::Lock;
 use crate::policy::HookSettings;
-use crate::report::{RepositoryKey, RunRecord};
+use crate::report::RunRecord;
 use crate::repository::{Input, Job, Progress, Stored};
 
 /// A run at work.

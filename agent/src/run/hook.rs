@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_util::sync::CancellationToken;
 
-use crate::platform::command::{CommandError, Program, Streams};
+use crate::platform::command::{CommandError, End, Program, Streams};
 use crate::platform::process::{self, RunAs};
 
 /// How long the processes of a hook may take to end after SIGTERM, before SIGKILL.
@@ -92,10 +92,11 @@ impl Ended {
 /// When the supervisor cannot be started or dies without an answer; what the hook had started is then
 /// killed here.
 pub async fn run(spec: &Spec, stop: &CancellationToken, inherit: &[&dyn AsFd]) -> Result<Ended, HookError> {
-    let mut child = Program::own()
-        .map_err(HookError::Pipe)?
-        .arg("hook")
-        .spawn(Streams { stderr: Stdio::inherit(), ..Streams::piped() }, inherit)?;
+    let mut child = Program::own().map_err(HookError::Pipe)?.arg("hook").spawn(
+        Streams { stderr: Stdio::inherit(), ..Streams::piped() },
+        End::ByItself,
+        inherit,
+    )?;
     let (mut input, mut answer) = (child.stdin.take(), child.stdout.take());
     let mut line = serde_json::to_vec(spec).unwrap_or_default();
     line.push(b'\n');
@@ -225,6 +226,8 @@ impl Supervisor<'_> {
             None => command.stdout(write),
         };
         process::detach(&mut command, run_as);
+        // A belt for the case that the supervisor itself is killed; another user would clear it before.
+        process::die_with_parent(&mut command);
         self.main = Some(Pid::from_raw(command.spawn()?.id().cast_signed()));
         nix::fcntl::fcntl(&read, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))?;
         self.output = Some(read);

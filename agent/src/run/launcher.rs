@@ -12,7 +12,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::process::Child;
 
 use super::messages::{Event, Request, receive, send};
-use crate::platform::command::{CommandError, Program, Streams};
+use crate::platform::command::{CommandError, End, Program, Streams};
 
 /// A runner that could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -43,7 +43,7 @@ impl Runner {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
         ours.set_nonblocking(true)?;
         let program = Program::own()?.arg("--config").arg(settings).arg("runner");
-        let child = program.spawn_independent(Streams::socket(theirs.into())?)?;
+        let child = program.spawn(Streams::socket(theirs.into())?, End::ByItself, &[])?;
         let (read, mut write) = UnixStream::from_std(ours)?.into_split();
         send(&mut write, request).await?;
         Ok(Self { child, read: BufReader::new(read), _write: write })

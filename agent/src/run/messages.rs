@@ -8,8 +8,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt as _, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
+use crate::escrow::RepositoryKey;
 use crate::freeze::Bind;
-use crate::report::{RepositoryKey, RunRecord};
+use crate::report::RunRecord;
 use crate::repository::{Job, Location, Progress, Stored};
 
 /// Longest line. A finished run with its log tail stays below a tenth of it.

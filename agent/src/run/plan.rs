@@ -11,12 +11,12 @@ use super::ledger::{HookNote, Note};
 use super::messages::Failure;
 use crate::freeze::{self, PointError, PointPlan};
 use crate::gate::{self, Refusal};
+use crate::platform::mounts::Mounts;
 use crate::platform::trust::{self, Distrust};
 use crate::policy::{DestinationSettings, Floor, Grants, Policies, Policy, ServiceSettings, SourceKind};
-use crate::report::UNREADABLE_NAMES_MAX;
 use crate::repository::retention::Rules;
-use crate::repository::{self, Input, Location, Mode};
-use crate::source::{self, Mounts, Paths};
+use crate::repository::{self, Input, Location, Mode, UNREADABLE_NAMES_MAX};
+use crate::source::{self, Paths};
 
 /// A grants file has a line a verb and service.
 const GRANTS_BYTES_MAX: u64 = 1024 * 1024;
@@ -104,17 +104,16 @@ impl Plan {
     pub async fn make(host: &Host, service: &str, verb: &str, run_uid: &str) -> Result<Self, Failure> {
         let verb: Verb = verb.parse().map_err(|e| Failure::of(ErrorClass::UnknownVerb, &e))?;
         let grants = read_grants(&host.grants)?;
+        let settings = host.services.iter().find(|s| s.name == service);
+        let Some(settings) = settings.cloned() else {
+            let names: Vec<&str> = host.services.iter().map(|s| s.name.as_str()).collect();
+            let message = format!("the host's settings name no service `{service}`; they name: {}", names.join(", "));
+            return Err(Failure::new(ErrorClass::UnknownService, message));
+        };
         gate::decide(&grants, service, verb)?;
         if verb != Verb::Snapshot {
             return Err(Failure::new(ErrorClass::UnknownVerb, format!("a run cannot do `{verb}`")));
         }
-        let settings = host.services.iter().find(|s| s.name == service);
-        let Some(settings) = settings.cloned() else {
-            return Err(Failure::new(
-                ErrorClass::UnknownService,
-                format!("the host's settings name no service `{service}`"),
-            ));
-        };
         let policy =
             Policies::of(&host.state_dir).load(service).map_err(|e| Failure::of(ErrorClass::SettingsInvalid, &e))?;
         if let Some(policy) = &policy {
@@ -207,11 +206,8 @@ impl Plan {
         match &self.input {
             Input::Files { paths, exclude, .. } => {
                 let paths: Vec<_> = paths.iter().map(|p| p.display().to_string()).collect();
-                lines.push(format!(
-                    "archive {} without {}",
-                    paths.join(", "),
-                    if exclude.is_empty() { "nothing".to_owned() } else { exclude.join(", ") }
-                ));
+                let but = if exclude.is_empty() { String::new() } else { format!(" without {}", exclude.join(", ")) };
+                lines.push(format!("archive {}{but}", paths.join(", ")));
             }
             Input::Stream { file_name } => {
                 lines.push(format!("archive the output of {} as {file_name}", shown(&self.service.source.argv)))

@@ -128,11 +128,15 @@ impl Store {
         let _ = events.send(WorkerEvent::Opened(key)).await;
         let before = self.repository.contents()?;
         let mut say = Throttle { events: events.clone(), next: Instant::now() };
-        let stored = self.repository.store(&self.job, stream, cancelled, |progress| say.progress(progress)).await?;
+        let mut stored = self.repository.store(&self.job, stream, cancelled, |progress| say.progress(progress)).await?;
         let _ = events.send(WorkerEvent::Progress { phase: Phase::Verify, progress: Progress::default() }).await;
-        if let Err(error) = self.repository.read_back(&before) {
-            self.repository.forget_run(&self.job.run_uid).await?;
-            return Err(error);
+        match self.repository.read_back(&before) {
+            // What is on the disk now, and not what the archiver says it added before compression.
+            Ok(bytes) => stored.bytes_stored = bytes,
+            Err(error) => {
+                self.repository.forget_run(&self.job.run_uid).await?;
+                return Err(error);
+            }
         }
         Ok(WorkerEvent::Stored { stored, repository_bytes: self.repository.size_bytes()? })
     }

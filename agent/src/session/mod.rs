@@ -27,10 +27,6 @@ use crate::tls::{self, Dialer, TlsError};
 
 /// Delay after the first failure, at most.
 const BACKOFF_BASE: Duration = Duration::from_secs(1);
-/// Delay in the long run, at most. 1,000 agents that come back together then connect at 17 a second.
-const BACKOFF_CAP: Duration = Duration::from_secs(60);
-/// A stream that stood for so long counts as a success for the back-off.
-const STEADY_AFTER: Duration = Duration::from_secs(60);
 /// HTTP/2 pings, so that a dead link is noticed by this side.
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
 
@@ -44,11 +40,20 @@ pub struct Settings {
     /// Where hosts enrol: host and port.
     #[toml_example(default = "receiver.example:7444")]
     pub enrolment_address: String,
+    /// Longest pause between two tries to connect; each is drawn at random below it. 1,000 agents that come
+    /// back together then connect at about 30 a second.
+    #[serde(with = "humantime_serde")]
+    #[toml_example(default = "60s")]
+    pub retry_max: Duration,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { address: "receiver.example:7443".to_owned(), enrolment_address: "receiver.example:7444".to_owned() }
+        Self {
+            address: "receiver.example:7443".to_owned(),
+            enrolment_address: "receiver.example:7444".to_owned(),
+            retry_max: Duration::from_secs(60),
+        }
     }
 }
 
@@ -132,7 +137,7 @@ pub struct Session {
 impl Session {
     /// Connects again and again until the drain.
     pub async fn run(mut self, drain: Drain) {
-        let mut backoff = Backoff::new(BACKOFF_BASE, BACKOFF_CAP);
+        let mut backoff = Backoff::new(BACKOFF_BASE, self.settings.retry_max);
         let mut use_next = true;
         loop {
             let began = tokio::time::Instant::now();
@@ -142,7 +147,8 @@ impl Session {
             };
             // A renewed certificate that does not work is tried in turns with the old one.
             use_next = !use_next;
-            if began.elapsed() > STEADY_AFTER {
+            // A stream that stood for longer than the longest pause counts as a success.
+            if began.elapsed() > self.settings.retry_max {
                 backoff.reset();
             }
             let pause = self.pause_after(ended, &mut backoff);
@@ -154,7 +160,7 @@ impl Session {
     }
 
     fn pause_after(&self, ended: Result<(), SessionError>, backoff: &mut Backoff) -> Duration {
-        let own = random_u64().map_or(BACKOFF_CAP, |random| backoff.next_delay(random));
+        let own = random_u64().map_or(self.settings.retry_max, |random| backoff.next_delay(random));
         let (because, pause) = match ended {
             Ok(()) => ("the certificate was renewed".to_owned(), Duration::ZERO),
             Err(error @ SessionError::Goodbye { retry_after, .. }) => (describe(&error), own.max(retry_after)),

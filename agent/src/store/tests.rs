@@ -45,7 +45,7 @@ proptest! {
                     next += 1;
                 }
                 Action::AcknowledgeFirst(n) => {
-                    if let Some(seq) = model.iter().map(|(seq, _)| *seq).take(usize::from(n)).last() {
+                    if let Some(seq) = model.iter().map(|(seq, _)| *seq).take(usize::from(n)).next_back() {
                         block_on(store.acknowledge(seq)).unwrap();
                         model.retain(|(s, _)| *s > seq);
                     }

@@ -64,7 +64,7 @@ impl EnrolmentService for EnrolmentDoor {
         match enrolled.await {
             Ok(enrolled) => {
                 tracing::info!(
-                    event = "enrolled", tenant_id = %enrolled.company, server_id = %enrolled.server, hostname,
+                    event = "enrolled", component = "enrolment", tenant_id = %enrolled.company, server_id = %enrolled.server, hostname,
                     peer = %peer.address, "a server was enrolled"
                 );
                 Ok(Response::new(v1::EnrollReply {
@@ -76,7 +76,7 @@ impl EnrolmentService for EnrolmentDoor {
                 }))
             }
             Err(error) => {
-                tracing::warn!(event = "enrolment_refused", code = error.code(), peer = %peer.address, error = %error, "refused");
+                tracing::warn!(event = "enrolment_refused", component = "enrolment", code = error.code(), peer = %peer.address, error = %error, "refused");
                 Err(status(&error))
             }
         }

@@ -113,9 +113,9 @@ async fn until_shut_down(
     };
     tokio::select! {
         ended = served => if let Err(error) = ended {
-            tracing::error!(event = "listener_failed", listener = name, error = %error, "a listener ended");
+            tracing::error!(event = "listener_failed", component = "agent_api", listener = name, error = %error, "a listener ended");
         },
-        () = deadline => tracing::warn!(event = "shutdown_deadline", listener = name, "connections cut off"),
+        () = deadline => tracing::warn!(event = "shutdown_deadline", component = "agent_api", listener = name, "connections cut off"),
     }
 }
 

@@ -143,7 +143,7 @@ async fn begin(parts: Arc<Parts>, peer: Peer, mut line: Line) {
         Err(ending) => {
             parts.counters.sessions_refused.raise();
             if let Ending::Goodbye { code, message, .. } = &ending {
-                tracing::warn!(event = "session_refused", code, message, peer = %peer.address, "a session was refused");
+                tracing::warn!(event = "session_refused", component = "session", code, message, peer = %peer.address, "a session was refused");
             }
             ending
         }
@@ -171,7 +171,7 @@ async fn admit(parts: &Arc<Parts>, peer: &Peer, line: &mut Line) -> Result<Sessi
     .await?;
     parts.counters.sessions_opened.raise();
     tracing::info!(
-        event = "session_opened", tenant_id = %admitted.company, server_id = %admitted.server, peer = %peer.address,
+        event = "session_opened", component = "session", tenant_id = %admitted.company, server_id = %admitted.server, peer = %peer.address,
         agent_version = hello.agent_version, skew_ms = hello.now_ms.saturating_sub(parts.clock.now_ms()), "session"
     );
     let Admitted { server, company, .. } = admitted;
@@ -199,7 +199,7 @@ impl Session {
             Ending::Goodbye { code, .. } => code,
         };
         tracing::info!(
-            event = "session_closed", tenant_id = %self.origin.company, server_id = %self.origin.server, code, "session"
+            event = "session_closed", component = "session", tenant_id = %self.origin.company, server_id = %self.origin.server, code, "session"
         );
         ending
     }
@@ -284,7 +284,7 @@ impl Session {
     }
 
     fn overloaded(&self, error: &dyn std::error::Error) -> Ending {
-        tracing::error!(event = "session_failed", server_id = %self.origin.server, error = %error, "ending a session");
+        tracing::error!(event = "session_failed", component = "session", server_id = %self.origin.server, error = %error, "ending a session");
         Ending::goodbye("overloaded", "the receiver could not store it; nothing is lost, send it again")
     }
 

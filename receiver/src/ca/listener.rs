@@ -94,7 +94,9 @@ impl ResolvesServerCert for ListenerCertificates {
             match self.issue() {
                 Ok(issued) => *current = Some(issued),
                 // The old one still has half its life, and the next handshake tries again.
-                Err(error) => tracing::error!(event = "listener_certificate_failed", error = %error, "cannot renew"),
+                Err(error) => {
+                    tracing::error!(event = "listener_certificate_failed", component = "ca", error = %error, "cannot renew")
+                }
             }
         }
         current.as_ref().map(|(key, _)| Arc::clone(key))

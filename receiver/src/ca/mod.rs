@@ -9,12 +9,10 @@
 pub mod listener;
 mod peer;
 
-use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use hestner_proto::identity::{AgentId, ca_pin};
-use nix::fcntl::{Flock, FlockArg};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType, SerialNumber, SubjectPublicKeyInfo,
@@ -40,15 +38,6 @@ pub enum Error {
     /// A file of the authority cannot be used.
     #[error(transparent)]
     File(#[from] files::Error),
-    /// The lock beside the files cannot be taken.
-    #[error("cannot lock {path}")]
-    Lock {
-        /// The lock's file.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: std::io::Error,
-    },
     /// Certificate without its key: nothing can be signed, and a new key would lock every agent out.
     #[error("{0} is missing although the authority's certificate is there; bring it back from a backup")]
     KeyMissing(PathBuf),
@@ -110,7 +99,7 @@ impl Authority {
     pub fn open(state_dir: &Path, trust_domain: &str, now_ms: i64) -> Result<Self, Error> {
         let folder = state_dir.join("ca");
         files::make_private_folder(&folder)?;
-        let _lock = lock(&folder.join("lock"))?;
+        let _lock = files::lock(&folder.join("lock"))?;
         let (key_path, cert_path) = (folder.join("key.pem"), folder.join("cert.pem"));
         let key = match (files::read_secret_text(&key_path)?, files::read_text(&cert_path)?) {
             (None, Some(_)) => return Err(Error::KeyMissing(key_path)),
@@ -214,12 +203,6 @@ fn key_name(key: &KeyPair) -> String {
 
 fn seconds(life: Duration) -> i64 {
     i64::try_from(life.as_secs()).unwrap_or(i64::MAX)
-}
-
-fn lock(path: &Path) -> Result<Flock<std::fs::File>, Error> {
-    let failed = |source| Error::Lock { path: path.to_owned(), source };
-    let file = OpenOptions::new().create(true).truncate(false).write(true).open(path).map_err(failed)?;
-    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| failed(errno.into()))
 }
 
 /// Parameters that owe nothing to anybody's request.

@@ -1,4 +1,7 @@
 //! What the authority must never sign, and what its mutual listener must never forget.
+//!
+//! Handshakes run in memory between a real rustls client, with resumption on as it is by default, and our own
+//! server settings; certificates are read back with another library than the one that made them.
 
 use std::sync::Arc;
 

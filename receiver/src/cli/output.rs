@@ -57,10 +57,13 @@ impl Failure {
             Self::Server(server::Error::Listen { .. }) => {
                 ("listen_failed", "stop what uses the address, or change [listen] in the settings", MEND)
             }
+            Self::Server(server::Error::AlreadyServed(_)) => {
+                ("already_served", "stop the other receiver, or give this one a state_dir of its own", MEND)
+            }
             Self::Server(server::Error::Files(_)) | Self::Files(_) => {
                 ("file_failed", "check that the path exists and that this user may use it", MEND)
             }
-            Self::Server(server::Error::Store(store::Error::Open { .. })) => {
+            Self::Server(server::Error::Store(store::Error::Open { .. } | store::Error::File(_))) => {
                 ("store_unavailable", "check that state_dir exists and that this user may write it", MEND)
             }
             Self::Server(server::Error::Authority(

@@ -164,7 +164,7 @@ impl Enrolment {
             }
             if let Err(error) = self.end_shut_out().await {
                 // Not fatal: hello asks the store itself, and the next tick tries again.
-                tracing::warn!(event = "standing_not_read", error = %error, "cannot see who was shut out");
+                tracing::warn!(event = "standing_not_read", component = "standing", error = %error, "cannot see who was shut out");
             }
         }
     }

@@ -1,4 +1,6 @@
 //! Enrolment's faults: lost replies, wrong, used and expired tokens, clones, revoked and quarantined servers.
+//!
+//! Hosts are made of a key and a request as an agent would send them; the clock stands still until a test moves it.
 
 use hestner_proto::PROTOCOL;
 use hestner_proto::v1;

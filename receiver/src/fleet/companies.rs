@@ -1,4 +1,8 @@
 //! Adding a company, with the public half of a recovery key that was made offline.
+//!
+//! In: a name and the text of a key file. Out: the company and the fingerprint that hosts compare. A file that holds
+//! the secret half is refused with a message: whoever has it can open every repository of the company, so it must
+//! never come near the centre.
 
 use hestner_proto::identity::recovery_fingerprint;
 

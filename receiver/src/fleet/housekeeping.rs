@@ -38,7 +38,7 @@ impl Housekeeping {
                 () = drain.begun() => return,
             }
             if let Err(error) = self.step(tick).await {
-                tracing::warn!(event = "housekeeping_failed", error = %error, "trying again at the next tick");
+                tracing::warn!(event = "housekeeping_failed", component = "housekeeping", error = %error, "trying again at the next tick");
             }
         }
     }

@@ -1,4 +1,7 @@
 //! A server at a glance: its standing, its series, its last run and the policy that is due next.
+//!
+//! Series come from stored minute samples, so they survive a restart and lag by one flush at most; whether the
+//! server is online and when it was last heard of come from the sessions, which know it at once.
 
 use super::{Error, Fleet, RunFilter};
 use crate::auth::Caller;

@@ -1,4 +1,6 @@
-//! Directives' edges: idempotency, bounds, expiry, superseded policies, foreign servers.
+//! Directives' edges: idempotency, bounds, expiry, superseded policies, services that come and go.
+//!
+//! On a real store with a clock that stands still; whoever answers for the host does so by the store's own calls.
 
 use std::sync::Arc;
 use std::time::Duration;

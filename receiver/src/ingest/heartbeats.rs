@@ -77,7 +77,7 @@ impl Flusher {
         match self.write(&waiting).await {
             Ok(()) => self.counters.heartbeat_flushes.raise(),
             Err(error) => {
-                tracing::warn!(event = "flush_failed", error = %error, "heartbeats stay in memory until the next flush");
+                tracing::warn!(event = "flush_failed", component = "flush", error = %error, "heartbeats stay in memory until the next flush");
                 self.counters.samples_dropped.add(self.sessions.put_back(waiting));
             }
         }

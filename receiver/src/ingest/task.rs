@@ -101,7 +101,7 @@ impl Worker {
         match self.commit(&group).await {
             Ok(taken) => self.answer(group, taken),
             Err(error) if group.len() > 1 => {
-                tracing::warn!(event = "group_failed", error = %error, "a group of reports failed; trying one by one");
+                tracing::warn!(event = "group_failed", component = "ingest", error = %error, "a group of reports failed; trying one by one");
                 for submission in group {
                     self.commit_alone(submission).await;
                 }
@@ -122,7 +122,7 @@ impl Worker {
         for submission in group {
             let server = submission.origin.server;
             let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
-            tracing::error!(event = "reports_not_stored", server_id = %server, error = %error, cause, "not stored");
+            tracing::error!(event = "reports_not_stored", component = "ingest", server_id = %server, error = %error, cause, "not stored");
             // Nobody listens any more when the session has ended; the agent sends again.
             let _ = submission.answer.send(Err(Error::NotStored));
         }
@@ -246,7 +246,7 @@ async fn quarantine(
     let (epoch, seq) = (&report.epoch, report.seq);
     let sha256 = hex::encode(&report.sha256);
     tracing::error!(
-        event = "fork", server_id = %origin.server, tenant_id = %origin.company, epoch, seq,
+        event = "fork", component = "ingest", server_id = %origin.server, tenant_id = %origin.company, epoch, seq,
         first_peer = stored_peer, second_peer = origin.peer, "one report number came with two contents; quarantined"
     );
     tx.set_server_status(origin.server, "quarantined").await?;

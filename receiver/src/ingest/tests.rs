@@ -1,4 +1,7 @@
 //! Faults and edges of taking in reports: repetition, gaps, forks, failing transactions, foreign directives.
+//!
+//! Everything runs on a real store in a temporary folder with a clock that stands still at a known noon. Faults are
+//! made with triggers in the database, so that the code under test has no hooks for them.
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -9,6 +9,9 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+
 /// A file operation that failed, with its path.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -56,6 +59,16 @@ pub enum Error {
 pub fn make_private_folder(path: &Path) -> Result<(), Error> {
     let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
     made.map_err(|source| Error::MakeFolder { path: path.to_owned(), source })
+}
+
+/// Makes an empty file that only its owner can read, or takes others' rights to an existing one away.
+///
+/// # Errors
+/// [`Error::Write`].
+pub fn make_private_file(path: &Path) -> Result<(), Error> {
+    let failed = |source| Error::Write { path: path.to_owned(), source };
+    let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path).map_err(failed)?;
+    file.set_permissions(fs::Permissions::from_mode(0o600)).map_err(failed)
 }
 
 /// Replaces `path` by `bytes` with permission bits `mode`, atomically and durably.
@@ -119,6 +132,35 @@ pub fn read_secret_text(path: &Path) -> Result<Option<String>, Error> {
     read_text(path)
 }
 
+/// A lock that ends with its value, or with the process however it ends.
+pub type Lock = Flock<File>;
+
+/// Locks `path`, waiting for whoever holds it.
+///
+/// # Errors
+/// [`Error::Write`].
+pub fn lock(path: &Path) -> Result<Lock, Error> {
+    Flock::lock(open_lock(path)?, FlockArg::LockExclusive)
+        .map_err(|(_, errno)| Error::Write { path: path.to_owned(), source: errno.into() })
+}
+
+/// Locks `path`, or nothing if somebody else holds it.
+///
+/// # Errors
+/// [`Error::Write`].
+pub fn try_lock(path: &Path) -> Result<Option<Lock>, Error> {
+    match Flock::lock(open_lock(path)?, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(Some(lock)),
+        Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+        Err((_, errno)) => Err(Error::Write { path: path.to_owned(), source: errno.into() }),
+    }
+}
+
+fn open_lock(path: &Path) -> Result<File, Error> {
+    let opened = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path);
+    opened.map_err(|source| Error::Write { path: path.to_owned(), source })
+}
+
 /// Removes a file if it is there.
 ///
 /// # Errors
@@ -154,6 +196,16 @@ mod tests {
         let path = folder.path().join("key");
         write_atomically(&path, b"secret", 0o640).expect("written");
         assert!(matches!(read_secret_text(&path), Err(Error::TooOpen { mode: 0o640, .. })));
+    }
+
+    #[test]
+    fn a_lock_is_held_by_one_and_free_after_it() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("lock");
+        let held = try_lock(&path).expect("locked");
+        assert!(held.is_some() && try_lock(&path).expect("tried").is_none());
+        drop(held);
+        assert!(try_lock(&path).expect("tried").is_some());
     }
 
     #[test]

@@ -74,14 +74,14 @@ impl Listener {
                 accepted = self.socket.accept(), if self.handshakes.len() < HANDSHAKES_MAX => match accepted {
                     Ok((tcp, peer)) => self.begin(tcp, peer),
                     Err(error) => {
-                        tracing::warn!(event = "accept_failed", error = %error, "cannot accept a connection");
+                        tracing::warn!(event = "accept_failed", component = "listener", error = %error, "cannot accept a connection");
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 },
                 Some(ended) = self.handshakes.join_next() => match ended {
                     Ok(Ok(ready)) => return ready,
-                    Ok(Err(error)) => tracing::debug!(event = "handshake_failed", error = %error, "handshake failed"),
-                    Err(error) => tracing::error!(event = "handshake_panicked", error = %error, "handshake panicked"),
+                    Ok(Err(error)) => tracing::debug!(event = "handshake_failed", component = "listener", error = %error, "handshake failed"),
+                    Err(error) => tracing::error!(event = "handshake_panicked", component = "listener", error = %error, "handshake panicked"),
                 },
             }
         }

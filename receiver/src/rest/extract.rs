@@ -1,4 +1,7 @@
 //! Reading requests: the caller, ids, queries and bodies, each with a problem document when it cannot be read.
+//!
+//! In: what axum hands over. Out: typed values. The caller is read before the body, so that somebody without a key
+//! learns nothing about what a body must look like.
 
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{FromRequest, FromRequestParts, Request};

@@ -1,4 +1,7 @@
 //! Pages about companies, servers, services and costs.
+//!
+//! In: ids and queries; `?name=` means the same as leaving the name out. Out: the work's types as JSON, lists in
+//! `items`. Nothing is changed by any page here.
 
 use axum::Json;
 use axum::extract::State as Shared;

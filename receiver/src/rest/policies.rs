@@ -1,4 +1,8 @@
 //! Pages about snapshot policies.
+//!
+//! In: a whole policy; there is no partial change, so that two people cannot mix theirs. Out: the policy with where
+//! it stands on the host: pending, applied, or refused with the host's code and words. Only its form is checked
+//! here; grants, destinations and floors are the host's.
 
 use axum::Json;
 use axum::extract::State as Shared;

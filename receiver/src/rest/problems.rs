@@ -1,4 +1,8 @@
 //! How errors of the work below become problem documents.
+//!
+//! In: an error of `auth`, `fleet` or `costs`. Out: a status, a stable code, a sentence, the next step and whether
+//! to try again. What failed inside goes into the log and never out: a caller learns that it failed, not how.
+//! The codes are part of the contract; changing one breaks scripts.
 
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};

@@ -1,4 +1,8 @@
 //! Serving HTTP connections, and what surrounds every request: an id, a deadline, a log line.
+//!
+//! In: connections whose handshake is done. Each is a task of its own, ends by itself after a while, and is ended
+//! gracefully at the drain. The peer's address goes into the request's extensions. Bodies are never logged, nor
+//! queries, which may hold names of customers.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;

@@ -1,4 +1,8 @@
 //! Pages about runs: asking for one and looking at them.
+//!
+//! In: a service's name, a query. Out: runs as the store and the sessions know them. Asking only queues: the
+//! answer is 202 with the queued run, and the host decides whether it is taken. No page here can send a command
+//! line, a path or a destination to a host.
 
 use axum::Json;
 use axum::extract::State as Shared;

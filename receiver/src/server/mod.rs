@@ -34,6 +34,9 @@ use settings::Checked;
 /// Name of the file that tells the bound addresses.
 pub const ADDRESSES_FILE: &str = "addresses.json";
 
+/// Name of the file that keeps a second `serve` off the same state.
+const LOCK_FILE: &str = "serve.lock";
+
 /// Why the receiver did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -46,6 +49,9 @@ pub enum Error {
     /// The authority.
     #[error(transparent)]
     Authority(#[from] ca::Error),
+    /// Another `serve` works on the same state.
+    #[error("another receiver serves {0} already")]
+    AlreadyServed(PathBuf),
     /// A listener.
     #[error("cannot listen on {address} for {listener}")]
     Listen {
@@ -119,6 +125,7 @@ pub struct Bound {
     agents: Listener,
     enrolment: Listener,
     rest: Listener,
+    lock: files::Lock,
 }
 
 /// Opens everything that the receiver needs and binds its listeners.
@@ -126,6 +133,11 @@ pub struct Bound {
 /// # Errors
 /// See [`Error`].
 pub async fn build(settings: Checked, clock: SharedClock) -> Result<Bound, Error> {
+    files::make_private_folder(&settings.state_dir)?;
+    let lock = files::try_lock(&settings.state_dir.join(LOCK_FILE))?;
+    let lock = lock.ok_or_else(|| Error::AlreadyServed(settings.state_dir.clone()))?;
+    // One that a killed receiver left behind names ports that are others' by now.
+    files::remove(&settings.state_dir.join(ADDRESSES_FILE))?;
     let opened = open(&settings, &clock).await?;
     let certificates =
         ListenerCertificates::new(Arc::clone(&opened.authority), settings.names.clone(), Arc::clone(&clock))?;
@@ -143,6 +155,7 @@ pub async fn build(settings: Checked, clock: SharedClock) -> Result<Bound, Error
         agents: Listener::new(agents, Some(mutual)),
         enrolment: Listener::new(enrolment, Some(enrolling)),
         rest: Listener::new(rest, https),
+        lock,
     })
 }
 
@@ -176,7 +189,7 @@ impl Bound {
     pub fn start(self, drain: Drain) -> Result<Running, Error> {
         let addresses_file = self.addresses_file();
         let tasks = Tasks::new(drain);
-        let Self { addresses, opened, settings, clock, agents, enrolment, rest } = self;
+        let Self { addresses, opened, settings, clock, agents, enrolment, rest, lock } = self;
         let Opened { sessions, counters, store, fleet, auth, enrolment: enrol, .. } = opened;
         let (inlet, worker) =
             ingest::new(store.clone(), sessions.clone(), settings.card.clone(), clock.clone(), counters.clone());
@@ -207,7 +220,7 @@ impl Bound {
 
         let text = serde_json::to_string(&addresses).unwrap_or_default();
         files::write_atomically(&addresses_file, text.as_bytes(), 0o644)?;
-        Ok(Running { tasks, store, addresses_file })
+        Ok(Running { tasks, store, addresses_file, _lock: lock })
     }
 }
 
@@ -224,6 +237,7 @@ pub struct Running {
     tasks: Tasks,
     store: Store,
     addresses_file: PathBuf,
+    _lock: files::Lock,
 }
 
 impl Running {
@@ -236,7 +250,7 @@ impl Running {
         let finished = self.tasks.finish(cut_short).await;
         // A reader that still finds the file would only fail to connect.
         if let Err(error) = files::remove(&self.addresses_file) {
-            tracing::warn!(event = "addresses_left_behind", error = %error, "cannot remove the address file");
+            tracing::warn!(event = "addresses_left_behind", component = "server", error = %error, "cannot remove the address file");
         }
         self.store.close().await;
         finished

@@ -25,6 +25,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, S
 use sqlx::{Sqlite, SqliteConnection, SqlitePool, Transaction};
 
 use crate::model::{Actor, CompanyId};
+use crate::platform::files;
 
 /// Name of the database's file in the state folder.
 pub const FILE_NAME: &str = "receiver.db";
@@ -49,6 +50,9 @@ pub enum Error {
         #[source]
         source: sqlx::Error,
     },
+    /// The file cannot be made, or made private.
+    #[error(transparent)]
+    File(#[from] files::Error),
     /// The schema cannot be brought up to date.
     #[error("cannot migrate the store; was it written by a newer receiver?")]
     Migrate(#[source] sqlx::migrate::MigrateError),
@@ -117,6 +121,8 @@ impl Store {
     /// [`Error::Open`], [`Error::TooOld`] or [`Error::Migrate`].
     pub async fn open(state_dir: &Path) -> Result<Self> {
         let path = state_dir.join(FILE_NAME);
+        // It holds hashes of secrets and escrowed keys; SQLite gives its log files the same mode.
+        files::make_private_file(&path)?;
         let opened = |source| Error::Open { path: path.clone(), source };
         let options = SqliteConnectOptions::new()
             .filename(&path)
@@ -228,6 +234,20 @@ mod tests {
         change.add_company("acme", "age1x", "sha256:x", 1).await.expect("inserted");
         drop(change);
         assert_eq!(store.companies(crate::model::Scope::All).await.expect("read").len(), 0);
+    }
+
+    #[tokio::test]
+    async fn the_file_and_its_logs_are_readable_by_their_owner_only() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = Store::open(folder.path()).await.expect("opened");
+        let mut tx = store.begin().await.expect("begun");
+        tx.add_company("acme", "age1x", "sha256:x", 1).await.expect("inserted");
+        tx.commit().await.expect("committed");
+        for name in ["receiver.db", "receiver.db-wal"] {
+            let mode = std::fs::metadata(folder.path().join(name)).expect("there").permissions().mode();
+            assert_eq!(mode & 0o777, 0o600, "{name}");
+        }
     }
 
     #[tokio::test]

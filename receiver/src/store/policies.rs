@@ -1,4 +1,7 @@
 //! Snapshot policies: one a server and service, with where it stands on the host.
+//!
+//! A policy names its newest directive; an answer to an older one changes nothing. When a server gets a new agent,
+//! which knows no policies, all of them are sent again.
 
 use sqlx::Row as _;
 use sqlx::sqlite::SqliteRow;

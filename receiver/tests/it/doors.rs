@@ -80,3 +80,19 @@ async fn health_says_whether_the_writer_works() {
     assert_eq!((stuck.status, stuck.code().as_str()), (503, "worker_stuck"));
     drop(blocker);
 }
+
+#[tokio::test]
+async fn a_second_receiver_on_the_same_state_does_not_start() {
+    let world = World::new().await;
+    let text = format!("state_dir = \"{}\"\n", world.folder.path().display());
+    let settings = hestner_receiver::server::settings::parse(&text).expect("good settings");
+    let second = hestner_receiver::server::build(settings, Arc::new(SystemClock)).await;
+    let refused = second.err().expect("refused").to_string();
+    assert!(refused.contains("already"), "{refused}");
+}
+
+#[tokio::test]
+async fn rest_speaks_tls_with_the_pinned_authority_unless_told_otherwise() {
+    let world = World::with_tls_rest().await;
+    assert!(world.https("/health").await.contains("\"status\":\"ok\""));
+}

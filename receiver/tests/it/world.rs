@@ -45,12 +45,35 @@ impl World {
         Self::with("").await
     }
 
+    /// The same with REST over TLS.
+    pub(crate) async fn with_tls_rest() -> Self {
+        Self::of(false, "").await
+    }
+
+    /// One GET over TLS; the whole answer.
+    pub(crate) async fn https(&self, path: &str) -> String {
+        let mut tls = self.tls(None);
+        tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+        let tcp = TcpStream::connect(self.addresses.rest).await.expect("connected");
+        let name = ServerName::try_from("127.0.0.1").expect("a name");
+        let mut stream = tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, tcp).await.expect("TLS");
+        let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.expect("written");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.expect("read");
+        answer
+    }
+
     /// The same with more settings.
     pub(crate) async fn with(more: &str) -> Self {
+        Self::of(true, more).await
+    }
+
+    async fn of(plain_http: bool, more: &str) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let text = format!(
             "state_dir = \"{}\"\n[listen]\nagents = \"127.0.0.1:0\"\nenrolment = \"127.0.0.1:0\"\nrest = \"127.0.0.1:0\"\n\
-             [rest]\nplain_http = true\n{more}",
+             [rest]\nplain_http = {plain_http}\n{more}",
             folder.path().display()
         );
         let checked = settings::parse(&text).expect("good settings");

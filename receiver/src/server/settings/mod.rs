@@ -31,8 +31,8 @@ pub const DEFAULT_PATH: &str = "/etc/hestner/receiver.toml";
 pub struct Settings {
     /// Folder of the store and of the certificate authority. Only the user of the service may read it.
     pub state_dir: String,
-    /// First part of every agent's name, spiffe://<trust domain>/company/<id>/server/<id>. Agents that were
-    /// enrolled under another one have to enrol again.
+    /// First part of every agent's name, `spiffe://TRUST_DOMAIN/company/ID/server/ID`. Agents that were enrolled
+    /// under another one have to enrol again.
     pub trust_domain: String,
     /// DNS names and IP addresses under which agents and people reach this receiver; they stand in its certificates.
     pub names: Vec<String>,
