@@ -81,16 +81,18 @@ fn file_id(path: &Path) -> Result<FileId, SourceError> {
 
 /// Symlinks whose target is not UTF-8, at most `limit` of them: restic (0.14) stores such a target changed and
 /// says nothing, so a run that met one would be green and wrong. What `exclude` names literally is passed
-/// over.
-pub fn unstorable_links(paths: &[PathBuf], exclude: &[String], limit: usize) -> Vec<PathBuf> {
+/// over, and with `one_file_system` whatever is mounted below.
+pub fn unstorable_links(paths: &[PathBuf], exclude: &[String], one_file_system: bool, limit: usize) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    let mut queue: Vec<PathBuf> = paths.to_vec();
-    while let Some(path) = queue.pop() {
-        if found.len() >= limit || exclude.iter().any(|pattern| path == Path::new(pattern)) {
-            continue;
-        }
+    let device = |path: &Path| path.symlink_metadata().map(|metadata| metadata.dev()).ok();
+    let mut queue: Vec<(PathBuf, Option<u64>)> = paths.iter().map(|path| (path.clone(), device(path))).collect();
+    while let Some((path, home)) = queue.pop() {
         // What cannot be looked at here cannot be read by the archiver either, which reports it.
         let Ok(metadata) = path.symlink_metadata() else { continue };
+        let elsewhere = one_file_system && home != Some(metadata.dev());
+        if found.len() >= limit || elsewhere || exclude.iter().any(|pattern| path == Path::new(pattern)) {
+            continue;
+        }
         if metadata.is_symlink() {
             if path.read_link().is_ok_and(|target| target.to_str().is_none()) {
                 found.push(path);
@@ -98,9 +100,8 @@ pub fn unstorable_links(paths: &[PathBuf], exclude: &[String], limit: usize) -> 
         } else if metadata.is_dir() {
             // The kind of an entry comes with the listing: plain files cost no further call.
             let entries = path.read_dir().into_iter().flatten().flatten();
-            queue.extend(
-                entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir() || t.is_symlink())).map(|e| e.path()),
-            );
+            let entries = entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir() || t.is_symlink()));
+            queue.extend(entries.map(|e| (e.path(), home)));
         }
     }
     found
@@ -134,8 +135,8 @@ mod tests {
         std::os::unix::fs::symlink(std::ffi::OsStr::from_bytes(b"odd-\xff"), &link).unwrap();
         std::os::unix::fs::symlink("fine", folder.path().join("other")).unwrap();
         let paths = [folder.path().to_owned()];
-        assert_eq!(unstorable_links(&paths, &[], 10), std::slice::from_ref(&link));
-        assert!(unstorable_links(&paths, &[link.display().to_string()], 10).is_empty());
+        assert_eq!(unstorable_links(&paths, &[], false, 10), std::slice::from_ref(&link));
+        assert!(unstorable_links(&paths, &[link.display().to_string()], false, 10).is_empty());
     }
 
     #[test]

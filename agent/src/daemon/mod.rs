@@ -12,47 +12,42 @@
 //! [`build`] spawns nothing, so that an error leaves no half daemon; ready means that the outbox is open
 //! and the settings are valid, not that the receiver can be reached. Nothing is decided here.
 
+mod desk;
 pub mod dispatch;
+mod known;
 pub mod runs;
 pub mod settings;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use hestner_proto::v1;
 use hestner_proto::words::{RunKind, Verb};
 use tokio::sync::{Notify, mpsc, watch};
 
-use crate::control::{self, Answer, Call, ControlError};
-use crate::freeze::PointPlan;
+use crate::control::{self, ControlError};
 use crate::heartbeat::{Heart, Sample};
 use crate::identity::{IdentityError, Keeper};
-use crate::inventory::{Inventory, Known};
+use crate::inventory::Inventory;
 use crate::lifecycle::{Drain, Tasks};
 use crate::platform::backoff::random_u64;
 use crate::platform::clock::SharedClock;
 use crate::platform::files::{self, FileError};
-use crate::policy::{Policies, ServiceSettings, SourceKind};
-use crate::report::{Report, RunRecord, Usage};
-use crate::repository::{Location, Mode};
-use crate::run::launcher::Runner;
-use crate::run::messages::{Event, Request};
-use crate::run::plan::read_grants;
+use crate::policy::Policies;
+use crate::report::{Report, Usage};
 use crate::scheduler::Scheduler;
 use crate::session::{Link, Session};
-use crate::status::{RepositoryStatus, ServiceStatus, Status};
 use crate::store::{Store, StoreError};
 
+use desk::Desk;
 use dispatch::Dispatcher;
-use runs::{Heard, Parts, Runs, Wish};
+use known::known;
+use runs::{Parts, Runs, Wish};
 use settings::Settings;
 
 /// Directives that wait for the dispatcher; the receiver keeps the others.
 const DIRECTIVES_WAITING: usize = 64;
 /// Calls of people that wait.
 const CALLS_WAITING: usize = 32;
-/// What a follower of a run may leave unread.
-const HEARD_WAITING: usize = 32;
 /// Directives are remembered for a week after they expired, in case a clock is set back.
 const INBOX_KEPT_MS: i64 = 7 * 24 * 3600 * 1000;
 
@@ -251,182 +246,4 @@ async fn keep_usage(
             tracing::warn!(event = "inbox_not_tidied", error = %error);
         }
     }
-}
-
-/// What the inventory tells of the settings, read anew each time.
-async fn known(fallback: Settings, path: PathBuf) -> Known {
-    let settings = Settings::read(&path).unwrap_or(fallback);
-    let mut services = Vec::new();
-    for service in &settings.services {
-        services.push((service.clone(), reach(service, &settings).await));
-    }
-    let grants = read_grants(&settings.grants).unwrap_or_default();
-    let grant = |(service, verb, value): (&str, Verb, hestner_proto::words::GrantValue)| v1::Grant {
-        service: service.to_owned(),
-        verb: verb.to_string(),
-        value: value.to_string(),
-    };
-    Known {
-        services,
-        destinations: settings.destinations.iter().map(|d| d.name.clone()).collect(),
-        grants: grants.iter().map(grant).collect(),
-    }
-}
-
-/// The best consistency that a service can reach here; empty when its source cannot be reached at all.
-async fn reach(service: &ServiceSettings, settings: &Settings) -> String {
-    if service.source.kind == SourceKind::Command {
-        return hestner_proto::words::Consistency::Application.to_string();
-    }
-    let source = &service.source;
-    match PointPlan::of(&source.paths, &source.exclude, "inventory", &settings.freeze).await {
-        Ok(point) => point.consistency(!service.hooks.is_empty()).to_string(),
-        Err(_) => String::new(),
-    }
-}
-
-/// Answers people on the host.
-#[derive(Clone)]
-struct Desk {
-    settings: Settings,
-    settings_path: PathBuf,
-    keeper: Keeper,
-    policies: Policies,
-    store: Store,
-    runs: Runs,
-    runs_active: watch::Receiver<usize>,
-    link: watch::Receiver<Link>,
-}
-
-impl Desk {
-    async fn run(self, mut calls: mpsc::Receiver<Call>, tasks: Tasks, drain: Drain) {
-        loop {
-            let call = tokio::select! {
-                () = drain.cancelled() => return,
-                Some(call) = calls.recv() => call,
-            };
-            let desk = self.clone();
-            tasks.spawn_ending(async move { desk.answer(call).await });
-        }
-    }
-
-    async fn answer(&self, Call { request, answers }: Call) {
-        let last = match request {
-            control::Request::Status => Answer::Status(Box::new(self.status().await)),
-            control::Request::Runs { limit } => self.list(limit).await,
-            control::Request::Plan { service } => self.plan(service).await,
-            control::Request::Snapshot { service } => return self.snapshot(service, answers).await,
-        };
-        // A caller that has left needs no answer.
-        let _ = answers.send(last).await;
-    }
-
-    async fn list(&self, limit: u32) -> Answer {
-        match self.store.newest_runs(limit).await {
-            Ok(rows) => Answer::Runs(
-                rows.iter().filter_map(|row| serde_json::from_str::<RunRecord>(&row.record).ok()).collect(),
-            ),
-            Err(error) => refused("state_unusable", &error.to_string(), "look at the state folder's disk"),
-        }
-    }
-
-    async fn plan(&self, service: String) -> Answer {
-        let event = match Runner::launch(&self.settings_path, &Request::Plan { service }).await {
-            Ok(mut runner) => runner.next().await,
-            Err(error) => return refused("runner_not_started", &error.to_string(), "read the agent's log"),
-        };
-        match event {
-            Some(Event::Planned(lines)) => Answer::Plan(lines),
-            Some(Event::Finished(end)) => Answer::Ended(Box::new(end.record)),
-            _ => refused("runner_not_started", "the runner ended without an answer", "read the agent's log"),
-        }
-    }
-
-    async fn snapshot(&self, service: String, answers: mpsc::Sender<Answer>) {
-        let wish =
-            Wish { service, verb: Verb::Snapshot.to_string(), kind: RunKind::Manual, directive_id: String::new() };
-        let (follower, mut heard) = mpsc::channel(HEARD_WAITING);
-        let run_uid = match self.runs.start(wish, Some(follower)).await {
-            Ok(run_uid) => run_uid,
-            Err(failure) => {
-                let _ =
-                    answers.send(refused(failure.class.as_str(), &failure.message, failure.class.next_step())).await;
-                return;
-            }
-        };
-        let mut next = Some(Answer::Started { run_uid });
-        while let Some(answer) = next {
-            // A caller that has left does not end the run.
-            if answers.send(answer).await.is_err() {
-                return;
-            }
-            next = heard.recv().await.map(|heard| match heard {
-                Heard::Progress(p) => Answer::Progress {
-                    phase: p.phase,
-                    bytes: (p.bytes_done, p.bytes_total),
-                    files: (p.files_done, p.files_total),
-                    seconds_remaining: p.seconds_remaining,
-                },
-                Heard::Ended(record) => Answer::Ended(record),
-            });
-        }
-    }
-
-    async fn status(&self) -> Status {
-        let mut status = Status {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            runs_active: *self.runs_active.borrow(),
-            separated: false,
-            ..Status::default()
-        };
-        let link = self.link.borrow().clone();
-        (status.connected, status.disconnected_because) = (link.connected, link.because);
-        match self.store.waiting().await {
-            Ok(waiting) => status.outbox_reports = waiting,
-            Err(error) => status.problems.push(error.to_string()),
-        }
-        // The runner reads the settings anew for each run, so this does as well.
-        let settings = Settings::read(&self.settings_path).unwrap_or_else(|error| {
-            status.problems.push(error.to_string());
-            self.settings.clone()
-        });
-        if let Err(failure) = read_grants(&settings.grants) {
-            status.problems.push(failure.message);
-        }
-        for service in &settings.services {
-            let policy = self.policies.load(&service.name).ok().flatten();
-            status.services.push(ServiceStatus {
-                name: service.name.clone(),
-                consistency: reach(service, &settings).await,
-                destination: policy.as_ref().map_or(service.destination.clone(), |p| p.destination.clone()),
-                cron: policy.map(|p| p.cron).unwrap_or_default(),
-            });
-        }
-        if let Ok(identity) = self.keeper.load() {
-            status.enrolled = true;
-            (status.company_id, status.server_id) = (identity.id.company_id, identity.id.server_id);
-            status.certificate_expires_at_ms = identity.not_after.timestamp_millis();
-            status.repositories = repositories(&settings, identity.id.server_id);
-        }
-        status
-    }
-}
-
-fn refused(code: &str, message: &str, next_step: &str) -> Answer {
-    Answer::Refused { code: code.to_owned(), message: message.to_owned(), next_step: next_step.to_owned() }
-}
-
-/// Repositories that exist.
-fn repositories(settings: &Settings, server_id: i64) -> Vec<RepositoryStatus> {
-    let all = settings.destinations.iter().flat_map(|d| [Mode::Encrypted, Mode::Open].map(|mode| (d, mode)));
-    let located =
-        all.map(|(d, mode)| (mode, Location::new(d, mode, server_id, &settings.state_dir, &settings.repository)));
-    let existing = located.filter(|(_, location)| location.path().join("config").exists());
-    let status = |(mode, location): (Mode, Location)| RepositoryStatus {
-        path: location.path().display().to_string(),
-        password_file: location.password_file().display().to_string(),
-        mode: mode.as_str().to_owned(),
-        destination: location.destination,
-    };
-    existing.map(status).collect()
 }

@@ -25,6 +25,9 @@ use crate::run::messages::{Event, Failure, Finished, Request};
 use crate::run::settle::interrupted;
 use crate::store::{RunRow, Store, StoreError};
 
+/// How often to look whether a run of an earlier daemon still lives.
+const ALIVE_LOOK: Duration = Duration::from_secs(30);
+
 /// Who asks for a run of which service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wish {
@@ -94,18 +97,45 @@ impl Runs {
     }
 
     /// Brings to an end what an earlier daemon left: first everything is settled, then every unfinished run
-    /// gets its end. New runs wait for this.
+    /// gets its end. New runs wait for the first round of this.
     pub async fn recover(&self) {
-        self.settle().await;
-        match self.shared.parts.store.unfinished_runs().await {
-            Ok(rows) => {
-                for row in rows {
-                    self.finish_from_ledger(&row.run_uid).await;
-                }
+        let drain = self.shared.parts.tasks.drain();
+        let left_by_another: BTreeSet<String> = match self.shared.parts.store.unfinished_runs().await {
+            Ok(rows) => rows.into_iter().map(|row| row.run_uid).collect(),
+            Err(error) => {
+                tracing::error!(event = "runs_not_recovered", error = %error);
+                BTreeSet::new()
             }
-            Err(error) => tracing::error!(event = "runs_not_recovered", error = %error),
+        };
+        let mut open = left_by_another;
+        loop {
+            self.settle().await;
+            open = self.finish_dead(open).await;
+            self.shared.settled.send_replace(true);
+            if open.is_empty() {
+                return;
+            }
+            // A process of theirs still lives, perhaps blocked in the kernel: their end is not known yet.
+            tracing::warn!(event = "runs_still_alive", runs = ?open);
+            tokio::select! {
+                () = drain.cancelled() => return,
+                () = tokio::time::sleep(ALIVE_LOOK) => {}
+            }
         }
-        self.shared.settled.send_replace(true);
+    }
+
+    /// Ends those runs of which no process lives; returns the others.
+    async fn finish_dead(&self, open: BTreeSet<String>) -> BTreeSet<String> {
+        let ledger = Ledger::of(&self.shared.parts.state_dir);
+        let mut alive = BTreeSet::new();
+        for run_uid in open {
+            if ledger.run(&run_uid).is_alive() {
+                alive.insert(run_uid);
+            } else {
+                self.finish_from_ledger(&run_uid).await;
+            }
+        }
+        alive
     }
 
     async fn settle(&self) {

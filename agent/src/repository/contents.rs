@@ -36,6 +36,11 @@ impl Contents {
         self.0.values().sum()
     }
 
+    /// Whether there is anything but keys.
+    pub(super) fn has_data(&self) -> bool {
+        self.0.keys().any(|path| !path.parent().is_some_and(|folder| folder.ends_with("keys")))
+    }
+
     pub(super) fn read_back_new(&self, before: &Self) -> Result<u64, RepositoryError> {
         let new = self.0.iter().filter(|(path, _)| !before.0.contains_key(*path));
         new.map(|(path, _)| read_back(path)).sum()

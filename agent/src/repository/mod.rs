@@ -256,6 +256,7 @@ impl Repository {
             (true, None) => {}
             (false, None) => {
                 keys::make_password(&self.location.password_file())?;
+                self.clear_unfinished()?;
                 self.engine.init().await?;
             }
         }
@@ -264,6 +265,16 @@ impl Repository {
         keys::lay_beside(&self.location.path(), &key)?;
         files::write(&self.location.id_file(), id.as_bytes(), 0o600)?;
         Ok(key)
+    }
+
+    /// A repository whose making was broken off has a key but no config; a second key beside it would open
+    /// nothing. What holds data is never touched.
+    fn clear_unfinished(&self) -> Result<(), RepositoryError> {
+        let path = self.location.path();
+        if path.exists() && !self.contents()?.has_data() {
+            files::remove(&path)?;
+        }
+        Ok(())
     }
 
     fn key(&self, repository_id: &str, recovery_recipient: &str) -> Result<RepositoryKey, RepositoryError> {

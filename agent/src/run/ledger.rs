@@ -156,6 +156,11 @@ impl RunFolder {
         files::try_lock(&self.0.join("alive"))
     }
 
+    /// Whether a process of the run lives.
+    pub fn is_alive(&self) -> bool {
+        self.0.exists() && !matches!(self.lock_alive(), Ok(Some(_)))
+    }
+
     /// Writes down what the run is about to make.
     ///
     /// # Errors

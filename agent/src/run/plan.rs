@@ -13,7 +13,9 @@ use crate::freeze::{self, PointError, PointPlan};
 use crate::gate::{self, Refusal};
 use crate::platform::mounts::Mounts;
 use crate::platform::trust::{self, Distrust};
-use crate::policy::{DestinationSettings, Floor, Grants, Policies, Policy, ServiceSettings, SourceKind};
+use crate::policy::{
+    DestinationSettings, Floor, Grants, Policies, Policy, ServiceSettings, SourceKind, SourceSettings,
+};
 use crate::repository::retention::Rules;
 use crate::repository::{self, Input, Location, Mode, UNREADABLE_NAMES_MAX};
 use crate::source::{self, Paths};
@@ -143,7 +145,7 @@ impl Plan {
         let settings = &self.service.source;
         let missing = |e: source::SourceError| Failure::of(ErrorClass::SourceMissing, &e);
         self.paths = Some(Paths::look_at(&settings.paths).map_err(missing)?);
-        refuse_links(&settings.paths, &settings.exclude)?;
+        refuse_links(settings, &own_folders(host, &settings.paths))?;
         let point_failed = |e: PointError| Failure::of(ErrorClass::PointFailed, &e);
         self.point =
             PointPlan::of(&settings.paths, &settings.exclude, run_uid, &host.freeze).await.map_err(point_failed)?;
@@ -251,8 +253,9 @@ fn check_programs(settings: &ServiceSettings, restic: &Path) -> Result<(), Failu
 }
 
 /// See [`source::unstorable_links`].
-fn refuse_links(paths: &[PathBuf], exclude: &[String]) -> Result<(), Failure> {
-    let links = source::unstorable_links(paths, exclude, UNREADABLE_NAMES_MAX);
+fn refuse_links(settings: &SourceSettings, own: &[String]) -> Result<(), Failure> {
+    let exclude: Vec<String> = settings.exclude.iter().chain(own).cloned().collect();
+    let links = source::unstorable_links(&settings.paths, &exclude, settings.one_file_system, UNREADABLE_NAMES_MAX);
     if links.is_empty() {
         return Ok(());
     }
@@ -267,10 +270,10 @@ fn refuse_links(paths: &[PathBuf], exclude: &[String]) -> Result<(), Failure> {
 }
 
 /// The agent's own files change while it works, and the repository would grow into itself.
-fn own_folders<'a>(host: &'a Host, paths: &'a [PathBuf]) -> impl Iterator<Item = String> + 'a {
+fn own_folders(host: &Host, paths: &[PathBuf]) -> Vec<String> {
     let own = host.destinations.iter().map(|d| &d.path).chain([&host.state_dir]);
-    own.filter(move |folder| paths.iter().any(|path| folder.starts_with(path)))
-        .map(|folder| folder.display().to_string())
+    let inside = own.filter(|folder| paths.iter().any(|path| folder.starts_with(path)));
+    inside.map(|folder| folder.display().to_string()).collect()
 }
 
 fn mounts_left_out(paths: &[PathBuf], left_out: bool) -> Result<Vec<String>, Failure> {
