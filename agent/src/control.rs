@@ -5,6 +5,7 @@
 //! knows nothing of what they lead to.
 
 use std::io;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -115,6 +116,9 @@ pub enum ControlError {
         #[source]
         source: io::Error,
     },
+    /// Something else lies in its place.
+    #[error("{0} is in the way of the agent's socket: it is no socket")]
+    NotASocket(PathBuf),
     /// Another daemon listens on it.
     #[error("another agent listens on {0}")]
     InUse(PathBuf),
@@ -150,7 +154,12 @@ pub async fn bind(path: &Path) -> Result<Listener, ControlError> {
     if UnixStream::connect(path).await.is_ok() {
         return Err(ControlError::InUse(path.to_owned()));
     }
-    files::remove(path)?;
+    match path.symlink_metadata() {
+        Ok(metadata) if metadata.file_type().is_socket() => files::remove(path)?,
+        Ok(_) => return Err(ControlError::NotASocket(path.to_owned())),
+        // Not there: as it should be.
+        Err(_) => {}
+    }
     let socket = UnixListener::bind(path).map_err(|source| ControlError::Bind { path: path.to_owned(), source })?;
     Ok(Listener { socket, path: path.to_owned() })
 }
@@ -271,6 +280,15 @@ mod tests {
         drop(first);
         assert!(path.exists(), "a killed daemon leaves its socket");
         bind(&path).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_no_socket_is_never_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("data");
+        std::fs::create_dir(&path).unwrap();
+        assert!(matches!(bind(&path).await, Err(ControlError::NotASocket(_))));
+        assert!(path.is_dir());
     }
 
     #[tokio::test]

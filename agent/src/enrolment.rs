@@ -6,6 +6,7 @@
 //! off is repeated with the same token: the key was kept, and the receiver gives the same server.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use hestner_proto::identity::{ca_pin, recovery_fingerprint};
 use hestner_proto::token::JoinToken;
@@ -15,7 +16,12 @@ use tonic::transport::Endpoint;
 use tonic::{Code, Status};
 
 use crate::identity::{Identity, IdentityError, Keeper};
+use crate::platform::chain;
+use crate::platform::command::printable;
 use crate::tls::{Dialer, PinnedCa, TlsError};
+
+/// How long the receiver may take to answer.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What a person brought to the host.
 #[derive(Debug)]
@@ -111,7 +117,7 @@ impl EnrolmentError {
                 "compare with the fingerprint that `hestner-receiver company add` printed; do not go on if the receiver's differs"
             }
             Self::AlreadyEnrolled { .. } => {
-                "nothing is to be done; to enrol anew, move the folder `identity` in the state folder away"
+                "nothing is to be done; to enrol anew as another server, stop the agent and move the whole state folder away"
             }
         }
     }
@@ -122,11 +128,13 @@ impl EnrolmentError {
 /// # Errors
 /// [`EnrolmentError`]. Nothing half-made is kept but the key, which a repetition uses again.
 pub async fn enrol(address: &str, keeper: &Keeper, invitation: &Invitation) -> Result<Identity, EnrolmentError> {
-    if let Ok(identity) = keeper.load() {
-        return Err(EnrolmentError::AlreadyEnrolled {
-            company_id: identity.id.company_id,
-            server_id: identity.id.server_id,
-        });
+    match keeper.load() {
+        Err(IdentityError::NotEnrolled) => {}
+        // One that is damaged is a person's to look at, not ours to write over.
+        Err(error) => return Err(error.into()),
+        Ok(Identity { id, .. }) => {
+            return Err(EnrolmentError::AlreadyEnrolled { company_id: id.company_id, server_id: id.server_id });
+        }
     }
     let request = keeper.enrolling_request()?;
     let reply = ask(address, invitation, request.csr_der.clone()).await?;
@@ -148,7 +156,8 @@ async fn ask(address: &str, invitation: &Invitation, csr_der: Vec<u8>) -> Result
     let connector = tower::service_fn(move |_| dialer.clone().connect());
     let unreachable = |reason: String| EnrolmentError::Unreachable { address: address.to_owned(), reason };
     // The address that is dialled is the dialer's; this one only fills the request's authority.
-    let channel = Endpoint::from_static("http://receiver").connect_with_connector(connector).await;
+    let channel =
+        Endpoint::from_static("http://receiver").timeout(REPLY_TIMEOUT).connect_with_connector(connector).await;
     let channel = channel.map_err(|error| failed_connection(address, &pinned, &error))?;
     let request = v1::EnrollRequest {
         token: invitation.token.presented(),
@@ -167,21 +176,17 @@ fn failed_connection(address: &str, pinned: &Arc<PinnedCa>, error: &tonic::trans
     if pinned.saw_mismatch() {
         return EnrolmentError::WrongPin { address: address.to_owned() };
     }
-    let mut reason = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        reason = error.to_string();
-        source = error.source();
-    }
-    EnrolmentError::Unreachable { address: address.to_owned(), reason }
+    EnrolmentError::Unreachable { address: address.to_owned(), reason: chain(error) }
 }
 
 /// A refusal with a code; `None` for a status that only says that the connection broke.
 fn refusal(status: &Status) -> Option<EnrolmentError> {
-    let text = |key: &str| status.metadata().get(key).and_then(|value| value.to_str().ok()).map(str::to_owned);
+    let text = |key: &str| {
+        status.metadata().get(key).and_then(|value| value.to_str().ok()).map(|text| printable(text.as_bytes()))
+    };
     let code = text("hestner-code").or_else(|| {
         (status.code() != Code::Unknown && status.code() != Code::Unavailable).then(|| "refused".to_owned())
     })?;
     let next_step = text("hestner-next-step").unwrap_or_else(|| "ask the receiver's operator".to_owned());
-    Some(EnrolmentError::Refused { code, message: status.message().to_owned(), next_step })
+    Some(EnrolmentError::Refused { code, message: printable(status.message().as_bytes()), next_step })
 }

@@ -342,19 +342,35 @@ impl Policies {
         files::write(&self.path(&policy.service), &text, 0o600)
     }
 
-    /// The policy of a service. A file that cannot be read as one counts as none: the centre sends it again.
+    /// The policy of a service.
     ///
     /// # Errors
-    /// When the file is there but cannot be read.
+    /// When the file is there but cannot be read or understood.
     pub fn load(&self, service: &str) -> Result<Option<Policy>, FileError> {
         if check_name(service).is_err() {
             return Ok(None);
         }
-        match files::read(&self.path(service), POLICY_BYTES_MAX) {
-            Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+        let path = self.path(service);
+        match files::read(&path, POLICY_BYTES_MAX) {
+            Ok(bytes) => {
+                serde_json::from_slice(&bytes).map(Some).map_err(|e| files::failed("understand", &path)(e.into()))
+            }
             Err(error) if error.is_missing() => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// Services that have a policy.
+    ///
+    /// # Errors
+    /// When the folder cannot be listed.
+    pub fn services(&self) -> Result<Vec<String>, FileError> {
+        let entries = match std::fs::read_dir(&self.0) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(files::failed("list", &self.0))?,
+        };
+        let names = entries.flatten().filter_map(|e| e.file_name().into_string().ok());
+        Ok(names.filter_map(|name| name.strip_suffix(".json").map(str::to_owned)).collect())
     }
 
     fn path(&self, service: &str) -> PathBuf {

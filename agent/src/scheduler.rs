@@ -25,6 +25,9 @@ use crate::store::{Store, StoreError};
 const LOOK_AT_LEAST: Duration = Duration::from_secs(60);
 /// A time that is later than this was missed: the daemon was not running.
 const LATE_MAX: TimeDelta = TimeDelta::seconds(90);
+/// A last time further ahead than this was written by a clock that was wrong; it is forgotten, or the
+/// schedule would stand still until then.
+const AHEAD_MAX: TimeDelta = TimeDelta::days(1);
 /// The splay is at most this share of the time between two runs.
 const SPLAY_SHARE: i32 = 10;
 /// The longest splay.
@@ -121,8 +124,8 @@ impl Schedule {
 
 /// The task: looks at the policies of all services, and asks for runs.
 pub struct Scheduler {
-    /// Services of the settings, each with the seed of its splay.
-    pub services: Vec<(String, u64)>,
+    /// The server; it spreads servers that have the same schedule.
+    pub server_id: i64,
     /// Policies.
     pub policies: Policies,
     /// Where the last due times are kept.
@@ -158,22 +161,29 @@ impl Scheduler {
     /// Acts on every service once; returns how long to sleep.
     async fn look(&self) -> Result<Duration, StoreError> {
         let mut pause = LOOK_AT_LEAST;
-        for (service, seed) in &self.services {
-            let schedule = match self.policies.load(service).map(|p| p.map(|p| Schedule::of(&p, *seed))) {
-                Ok(Some(Ok(Some(schedule)))) => schedule,
-                Ok(Some(Err(error))) => {
-                    tracing::error!(event = "schedule_not_understood", service, error = %error);
-                    continue;
-                }
-                Ok(_) => continue,
-                Err(error) => {
-                    tracing::error!(event = "policy_not_read", service, error = %error);
-                    continue;
-                }
-            };
+        let services = self.policies.services().unwrap_or_else(|error| {
+            tracing::error!(event = "policies_not_listed", error = %error);
+            Vec::new()
+        });
+        for service in &services {
+            let Some(schedule) = self.schedule_of(service) else { continue };
             pause = pause.min(self.act(service, &schedule).await?);
         }
         Ok(pause)
+    }
+
+    fn schedule_of(&self, service: &str) -> Option<Schedule> {
+        let policy = match self.policies.load(service) {
+            Ok(policy) => policy?,
+            Err(error) => {
+                tracing::error!(event = "policy_not_read", service, error = %error);
+                return None;
+            }
+        };
+        Schedule::of(&policy, seed(self.server_id, service)).unwrap_or_else(|error| {
+            tracing::error!(event = "schedule_not_understood", service, error = %error);
+            None
+        })
     }
 
     async fn act(&self, service: &str, schedule: &Schedule) -> Result<Duration, StoreError> {
@@ -184,6 +194,11 @@ impl Scheduler {
             self.store.set_last_due(service.to_owned(), now.timestamp_millis()).await?;
             return Ok(Duration::ZERO);
         };
+        if last - now > AHEAD_MAX {
+            tracing::error!(event = "clock_was_ahead", service, last_due = %last);
+            self.store.forget_last_due(service.to_owned()).await?;
+            return Ok(Duration::ZERO);
+        }
         match schedule.decide(last, now) {
             Decision::Wait(Some(start)) => Ok((start - now).to_std().unwrap_or(Duration::ZERO)),
             Decision::Wait(None) => Ok(LOOK_AT_LEAST),
@@ -200,6 +215,12 @@ impl Scheduler {
             }
         }
     }
+}
+
+/// Spreads servers that have the same schedule.
+fn seed(server_id: i64, service: &str) -> u64 {
+    let hash = hestner_proto::sha256_hex(format!("{server_id}/{service}").as_bytes());
+    u64::from_str_radix(&hash[..16], 16).unwrap_or(0)
 }
 
 #[cfg(test)]

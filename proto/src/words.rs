@@ -216,6 +216,8 @@ words! {
         DestinationFull = "destination_full",
         /// The agent's state folder has no room.
         StateFull = "state_full",
+        /// The agent's state folder or store cannot be used.
+        StateUnusable = "state_unusable",
         /// What was stored does not read back as it was written.
         VerifyFailed = "verify_failed",
         /// The run took longer than it may.
@@ -281,6 +283,7 @@ impl ErrorClass {
             Self::RepositoryUnavailable => "check that the destination's folder exists and can be written",
             Self::DestinationFull => "make room at the destination or shorten retention",
             Self::StateFull => "make room in the agent's state folder",
+            Self::StateUnusable => "look at the state folder's permissions and disk",
             Self::VerifyFailed => "check the destination's disk; run `restic check --read-data` on the repository",
             Self::RunTimeout => "raise `run_time_max` in agent.toml or make the source smaller",
             Self::Interrupted => "run it again",

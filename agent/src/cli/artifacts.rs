@@ -10,11 +10,11 @@ use serde_json::json;
 
 use super::{Complaint, output};
 use crate::daemon::settings::Settings;
+use crate::platform::chain;
 use crate::platform::files;
 use crate::report::RunRecord;
 use crate::repository::{Repository, RepositoryError};
 use crate::run::ledger::Ledger;
-use crate::run::messages::chain;
 
 struct Artifact {
     run: RunRecord,

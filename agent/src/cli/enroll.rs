@@ -10,8 +10,8 @@ use super::{Complaint, output};
 use crate::daemon::settings::Settings;
 use crate::enrolment::{EnrolmentError, Invitation, enrol};
 use crate::identity::Keeper;
+use crate::platform::chain;
 use crate::platform::files;
-use crate::run::messages::chain;
 
 /// A token is a line.
 const TOKEN_BYTES_MAX: u64 = 4096;

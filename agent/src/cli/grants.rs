@@ -6,9 +6,9 @@ use serde_json::json;
 use super::{Complaint, output};
 use crate::daemon::settings::Settings;
 use crate::gate;
+use crate::platform::chain;
 use crate::platform::files;
 use crate::policy::{HOST, check_name};
-use crate::run::messages::chain;
 use crate::run::plan::read_grants;
 
 pub(super) fn list(settings: &Settings, as_json: bool) -> Result<(), Complaint> {

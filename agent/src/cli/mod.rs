@@ -20,9 +20,10 @@ use hestner_proto::words::{ErrorClass, GrantValue, Verb};
 
 use crate::daemon::settings::{DEFAULT_PATH, Settings, SettingsError};
 use crate::daemon::{self};
+use crate::platform::chain;
 use crate::platform::clock::SystemClock;
 use crate::platform::process;
-use crate::run::messages::{Failure, chain};
+use crate::run::messages::Failure;
 use crate::run::worker::StreamEnds;
 use crate::run::{hook, runner, worker};
 
@@ -193,6 +194,8 @@ impl From<SettingsError> for Complaint {
 
 /// The whole program.
 pub fn main() -> ExitCode {
+    // Its own processes are started through /proc/self/exe, and would all be called `exe`.
+    let _ = nix::sys::prctl::set_name(c"hestner-agent");
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {
@@ -301,6 +304,7 @@ fn start_complaint(error: daemon::StartError) -> Complaint {
         E::Identity(_) => ("not_enrolled", "enrol it with `hestner-agent enroll`"),
         E::File(e) if e.is_full() => ("state_full", ErrorClass::StateFull.next_step()),
         E::Store(e) if e.is_full() => ("state_full", ErrorClass::StateFull.next_step()),
+        E::Distrust(_) => ("unsafe_permissions", ErrorClass::UnsafePermissions.next_step()),
         E::File(_) | E::Store(_) => ("state_unusable", "look at the state folder's permissions and disk"),
         E::StateInUse(_) | E::Control(_) => {
             ("already_running", "stop the other agent first, or give this one a state folder and a socket of its own")

@@ -7,8 +7,8 @@ use super::output::{self, ProgressLine};
 use super::{Complaint, EXIT_FAILED};
 use crate::control::{self, Answer, ControlError, Conversation, Request};
 use crate::daemon::settings::Settings;
+use crate::platform::chain;
 use crate::report::RunRecord;
-use crate::run::messages::chain;
 use crate::status::Status;
 
 async fn ask(settings: &Settings, request: Request) -> Result<Conversation, Complaint> {

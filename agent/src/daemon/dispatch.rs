@@ -17,14 +17,19 @@ use super::runs::{Runs, Wish};
 use super::settings::Settings;
 use crate::gate::{self, Refusal};
 use crate::lifecycle::Drain;
+use crate::platform::chain;
 use crate::platform::clock::SharedClock;
-use crate::policy::{Policies, Policy};
+use crate::platform::command::printable;
+use crate::policy::{Policies, Policy, check_name};
 use crate::report::Report;
 use crate::scheduler::Schedule;
 use crate::store::{Outcome, Store, StoreError};
 
 /// Longest id of a directive that is believed.
 const DIRECTIVE_ID_CHARS_MAX: usize = 64;
+
+/// Longest text in a policy.
+const POLICY_TEXT_MAX: usize = 256;
 
 /// The task.
 pub struct Dispatcher {
@@ -49,9 +54,6 @@ pub struct Dispatcher {
 impl Dispatcher {
     /// Runs until the drain.
     pub async fn run(mut self, drain: Drain) {
-        if let Err(error) = self.store.forget_inconclusive().await {
-            tracing::error!(event = "inbox_not_tidied", error = %error);
-        }
         loop {
             let directive = tokio::select! {
                 () = drain.cancelled() => return,
@@ -100,7 +102,14 @@ impl Dispatcher {
     }
 
     async fn start_run(&self, id: &str, service: String, verb: String) -> Option<Refusal> {
-        // The runner's gate decides; only what is no verb at all is refused here, by name.
+        // The runner's gate decides; only what is no verb or no name at all is refused here.
+        if let Err(reason) = check_name(&service) {
+            let shown = printable(service.as_bytes());
+            return Some(Refusal {
+                class: ErrorClass::UnknownService,
+                message: format!("`{shown}` is no service: {reason}"),
+            });
+        }
         if let Err(unknown) = verb.parse::<Verb>() {
             return Some(Refusal { class: ErrorClass::UnknownVerb, message: unknown.to_string() });
         }
@@ -111,6 +120,13 @@ impl Dispatcher {
 
     async fn take_policy(&self, policy: Policy) -> Result<(), Refusal> {
         let refuse = |class, message: String| Refusal { class, message };
+        let longest = [&policy.service, &policy.cron, &policy.time_zone, &policy.destination, &policy.misfire];
+        if longest.iter().any(|text| text.len() > POLICY_TEXT_MAX) {
+            return Err(refuse(
+                ErrorClass::SettingsInvalid,
+                format!("a text of the policy is longer than {POLICY_TEXT_MAX} bytes"),
+            ));
+        }
         let settings = Settings::read(&self.settings_path).map_err(|e| refuse(e.class(), e.to_string()))?;
         if !settings.services.iter().any(|s| s.name == policy.service) {
             let message = format!("the host's settings name no service `{}`", policy.service);
@@ -118,7 +134,9 @@ impl Dispatcher {
         }
         gate::check_policy(&policy, &settings.destinations, &settings.floor)?;
         Schedule::of(&policy, 0).map_err(|e| refuse(ErrorClass::SettingsInvalid, e.to_string()))?;
-        self.policies.save(&policy).map_err(|e| refuse(ErrorClass::StateFull, e.to_string()))?;
+        self.policies.save(&policy).map_err(|e| {
+            refuse(if e.is_full() { ErrorClass::StateFull } else { ErrorClass::StateUnusable }, chain(&e))
+        })?;
         self.policies_changed.notify_one();
         tracing::info!(event = "policy_in_force", service = policy.service, cron = policy.cron);
         Ok(())

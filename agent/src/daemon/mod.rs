@@ -32,6 +32,7 @@ use crate::lifecycle::{Drain, Tasks};
 use crate::platform::backoff::random_u64;
 use crate::platform::clock::SharedClock;
 use crate::platform::files::{self, FileError};
+use crate::platform::trust::{self, Distrust};
 use crate::policy::Policies;
 use crate::report::{Report, Usage};
 use crate::scheduler::Scheduler;
@@ -60,6 +61,9 @@ pub enum StartError {
     /// The state folder cannot be used.
     #[error(transparent)]
     File(#[from] FileError),
+    /// Others could have written what the state folder holds, and some of it is run.
+    #[error("the state folder is not believed")]
+    Distrust(#[from] Distrust),
     /// Another daemon uses the state folder.
     #[error("another agent uses the state folder {0}")]
     StateInUse(PathBuf),
@@ -79,6 +83,7 @@ pub struct Bound {
     settings: Settings,
     settings_path: PathBuf,
     keeper: Keeper,
+    server_id: i64,
     store: Store,
     control: control::Listener,
     clock: SharedClock,
@@ -91,15 +96,16 @@ pub struct Bound {
 /// [`StartError`]; then nothing was started.
 pub async fn build(settings: Settings, settings_path: &Path, clock: SharedClock) -> Result<Bound, StartError> {
     files::private_folder(&settings.state_dir)?;
+    trust::check(&settings.state_dir)?;
     let state = files::try_lock(&settings.state_dir.join("lock"))?;
     let Some(state) = state else { return Err(StartError::StateInUse(settings.state_dir.clone())) };
     let keeper = Keeper::of(&settings.state_dir);
-    keeper.load()?;
+    let server_id = keeper.load()?.id.server_id;
     let epoch = format!("{:016x}{:016x}", random_u64()?, random_u64()?);
     let store = Store::open(&settings.state_dir.join("agent.db"), &epoch)?;
     let control = control::bind(&settings.socket).await?;
     let settings_path = std::path::absolute(settings_path).unwrap_or_else(|_| settings_path.to_owned());
-    Ok(Bound { settings, settings_path, keeper, store, control, clock, _state: state })
+    Ok(Bound { settings, settings_path, keeper, server_id, store, control, clock, _state: state })
 }
 
 impl Bound {
@@ -121,7 +127,7 @@ impl Bound {
         let (calls_tx, calls) = mpsc::channel(CALLS_WAITING);
         let (outbox_grew, policies_changed) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
         let policies = Policies::of(&self.settings.state_dir);
-        let Self { settings, settings_path, keeper, store, control, clock, _state } = self;
+        let Self { settings, settings_path, keeper, server_id, store, control, clock, _state } = self;
         let runs = Runs::new(Parts {
             settings_path: settings_path.clone(),
             state_dir: settings.state_dir.clone(),
@@ -144,7 +150,7 @@ impl Bound {
             latest: inventory_tx,
         };
         let scheduler = Scheduler {
-            services: settings.services.iter().map(|s| (s.name.clone(), seed(&keeper, &s.name))).collect(),
+            server_id,
             policies: policies.clone(),
             store: store.clone(),
             clock: clock.clone(),
@@ -202,13 +208,6 @@ impl Bound {
         tracing::info!(event = "ready", socket = %settings.socket.display(), receiver = settings.receiver.address);
         tasks.run_until_stopped().await
     }
-}
-
-/// Spreads servers that have the same schedule.
-fn seed(keeper: &Keeper, service: &str) -> u64 {
-    let server = keeper.load().map_or(0, |identity| identity.id.server_id);
-    let hash = hestner_proto::sha256_hex(format!("{server}/{service}").as_bytes());
-    u64::from_str_radix(&hash[..16], 16).unwrap_or(0)
 }
 
 async fn take_wishes(mut wishes: mpsc::Receiver<String>, runs: Runs, drain: Drain) {

@@ -159,7 +159,7 @@ impl Runs {
         self.occupy(&wish.service)?;
         if let Err(error) = self.begin(&wish, &run_uid).await {
             self.lock_busy().remove(&wish.service);
-            let class = if error.is_full() { ErrorClass::StateFull } else { ErrorClass::SettingsInvalid };
+            let class = if error.is_full() { ErrorClass::StateFull } else { ErrorClass::StateUnusable };
             return Err(Failure::of(class, &error));
         }
         self.shared.parts.outbox_grew.notify_one();
@@ -277,8 +277,10 @@ impl Runs {
 
     fn tell_progress(&self, progress: v1::Progress) {
         if let Some(follower) = self.lock_followers().get(&progress.run_uid) {
-            // A follower that does not read misses progress, not the end.
-            let _ = follower.try_send(Heard::Progress(progress.clone()));
+            // One place is kept for the end: a follower that does not read misses progress only.
+            if follower.capacity() > 1 {
+                let _ = follower.try_send(Heard::Progress(progress.clone()));
+            }
         }
         self.shared.parts.progress.send_replace(Some(progress));
     }
@@ -338,8 +340,8 @@ impl Runs {
         outbox_grew.notify_one();
         let follower = self.lock_followers().remove(&record.run_uid);
         if let Some(follower) = follower {
-            // A follower that has left does not need to know.
-            let _ = follower.send(Heard::Ended(Box::new(record))).await;
+            // There is room for it, and a follower that has left does not need to know.
+            let _ = follower.try_send(Heard::Ended(Box::new(record)));
         }
     }
 

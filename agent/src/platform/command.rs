@@ -6,6 +6,7 @@
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -13,6 +14,9 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::process;
+
+/// Name of this program in lists of processes; the kernel keeps 15 bytes.
+pub const OWN_NAME: &str = "hestner-agent";
 
 /// A program that could not be run to its end.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +53,8 @@ pub enum CommandError {
 #[derive(Clone, Debug)]
 pub struct Program {
     path: PathBuf,
+    /// What it is called in lists of processes, if not by its path.
+    name: Option<&'static str>,
     arguments: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
 }
@@ -81,15 +87,13 @@ pub fn printable(bytes: &[u8]) -> String {
 impl Program {
     /// The program at `path`, without arguments.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), arguments: Vec::new(), environment: Vec::new() }
+        Self { path: path.into(), name: None, arguments: Vec::new(), environment: Vec::new() }
     }
 
-    /// This very program, to be started again as another of its processes.
-    ///
-    /// # Errors
-    /// When `/proc` is not mounted.
-    pub fn own() -> io::Result<Self> {
-        Ok(Self::new(std::env::current_exe()?))
+    /// This very program, to be started again as another of its processes: the one that runs, also when its
+    /// file was replaced by an upgrade meanwhile.
+    pub fn own() -> Self {
+        Self { name: Some(OWN_NAME), ..Self::new("/proc/self/exe") }
     }
 
     /// Adds an argument.
@@ -117,6 +121,9 @@ impl Program {
     #[expect(clippy::disallowed_methods, reason = "the one place that starts programs")]
     pub fn prepare(&self) -> std::process::Command {
         let mut command = std::process::Command::new(&self.path);
+        if let Some(name) = self.name {
+            command.arg0(name);
+        }
         command.args(&self.arguments).env_clear();
         for name in ["PATH", "LANG"] {
             if let Some(value) = std::env::var_os(name) {

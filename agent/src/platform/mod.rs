@@ -11,3 +11,18 @@ pub mod files;
 pub mod mounts;
 pub mod process;
 pub mod trust;
+
+/// An error and everything below it, as one sentence.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let next = error.to_string();
+        // Some libraries repeat what lies below.
+        if !text.ends_with(&next) {
+            text = format!("{text}: {next}");
+        }
+        source = error.source();
+    }
+    text
+}

@@ -128,7 +128,7 @@ pub fn descendants(ancestor: Pid) -> Vec<Pid> {
     let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     for pid in entries.filter_map(|e| e.file_name().to_str().and_then(|n| n.parse::<i32>().ok())) {
-        if let Some(parent) = parent_of(pid) {
+        if let Some(Stat { parent, .. }) = Stat::of(pid) {
             children.entry(parent).or_default().push(pid);
         }
     }
@@ -136,32 +136,47 @@ pub fn descendants(ancestor: Pid) -> Vec<Pid> {
     let mut queue = vec![ancestor.as_raw()];
     while let Some(pid) = queue.pop() {
         for child in children.remove(&pid).unwrap_or_default() {
-            found.push(Pid::from_raw(child));
+            if lives(child) {
+                found.push(Pid::from_raw(child));
+            }
             queue.push(child);
         }
     }
     found
 }
 
-/// Parent of a process that is not a zombie.
-fn parent_of(pid: i32) -> Option<i32> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may hold spaces and parentheses of its own; the last one ends it.
-    let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_whitespace();
-    let state = fields.next()?;
-    let parent = fields.next()?.parse().ok()?;
-    (state != "Z").then_some(parent)
+struct Stat {
+    parent: i32,
+    zombie: bool,
 }
 
-/// Sends a signal to every descendant of this process but those in `spare` (and their descendants).
-pub fn signal_descendants(signal: Signal, spare: &[Pid]) {
-    let spared: Vec<Pid> = spare.iter().flat_map(|pid| descendants(*pid)).chain(spare.iter().copied()).collect();
-    for pid in descendants(nix::unistd::getpid()) {
-        if !spared.contains(&pid) {
-            // It may have ended by itself meanwhile.
-            let _ = kill(pid, signal);
-        }
+impl Stat {
+    fn of(pid: i32) -> Option<Self> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name in parentheses may hold spaces and parentheses of its own; the last one ends it.
+        let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_whitespace();
+        let zombie = matches!(fields.next()?, "Z" | "X");
+        Some(Self { parent: fields.next()?.parse().ok()?, zombie })
     }
+}
+
+/// Whether anything of a process still runs. One whose first thread has ended looks like a zombie while
+/// its other threads go on.
+fn lives(pid: i32) -> bool {
+    let threads = || std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    Stat::of(pid).is_some_and(|stat| !stat.zombie || threads() > 1)
+}
+
+/// Sends a signal to every descendant of this process but those in `spare` (and their descendants). False:
+/// there is none.
+pub fn signal_descendants(signal: Signal, spare: &[Pid]) -> bool {
+    let spared: Vec<Pid> = spare.iter().flat_map(|pid| descendants(*pid)).chain(spare.iter().copied()).collect();
+    let hit: Vec<Pid> = descendants(nix::unistd::getpid()).into_iter().filter(|pid| !spared.contains(pid)).collect();
+    for pid in &hit {
+        // It may have ended by itself meanwhile.
+        let _ = kill(*pid, signal);
+    }
+    !hit.is_empty()
 }
 
 /// Collects every child that has ended. True when there is no child left at all.
@@ -183,7 +198,7 @@ pub fn reap_all(mut on_exit: impl FnMut(Pid, WaitStatus)) -> bool {
 /// Whether a process lives and runs the program of that name (as the kernel shows it, 15 bytes). One that
 /// has ended and was not waited for yet does not live.
 pub fn is_running_as(pid: i32, name: &str) -> bool {
-    if parent_of(pid).is_none() {
+    if !lives(pid) {
         return false;
     }
     let comm = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("comm"));

@@ -4,11 +4,14 @@
 //! root (or to the user this process runs as) and can be written by nobody else. A sticky folder such as
 //! `/tmp` does not count as safe: whoever made the name first would own it.
 
-use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use super::files::{self, FileError};
+
+/// Symlinks on the way to a file, at most, as the kernel counts them (path_resolution(7)).
+const SYMLINKS_MAX: u32 = 40;
 
 /// Why a path is not believed.
 #[derive(Debug, thiserror::Error)]
@@ -52,7 +55,8 @@ pub fn is_trusted_user(uid: u32) -> bool {
     uid == 0 || uid == nix::unistd::geteuid().as_raw()
 }
 
-/// Checks a path, each folder above it, and the same for whatever its symlinks lead to.
+/// Checks a path and every folder and symlink on the way to what it leads to, hop by hop: whoever can
+/// change one of them decides what is found.
 ///
 /// # Errors
 /// The first thing found that others could change.
@@ -60,9 +64,40 @@ pub fn check(path: &Path) -> Result<(), Distrust> {
     if !path.is_absolute() {
         return Err(Distrust::Relative { path: path.to_owned() });
     }
-    let real = path.canonicalize().map_err(files::failed("find", path))?;
-    let all: BTreeSet<&Path> = path.ancestors().chain(real.ancestors()).collect();
-    all.into_iter().try_for_each(check_one)
+    let mut hops = 0;
+    let mut reached = PathBuf::from("/");
+    check_one(&reached)?;
+    let mut ahead: Vec<OsString> = parts_reversed(path);
+    while let Some(part) = ahead.pop() {
+        if part == ".." {
+            reached.pop();
+            continue;
+        }
+        reached.push(&part);
+        check_one(&reached)?;
+        if !reached.is_symlink() {
+            continue;
+        }
+        hops += 1;
+        if hops > SYMLINKS_MAX {
+            let too_many = std::io::Error::from_raw_os_error(nix::libc::ELOOP);
+            return Err(files::failed("follow", path)(too_many).into());
+        }
+        let target = reached.read_link().map_err(files::failed("follow", &reached))?;
+        reached.pop();
+        if target.is_absolute() {
+            reached = PathBuf::from("/");
+        }
+        ahead.extend(parts_reversed(&target));
+    }
+    Ok(())
+}
+
+fn parts_reversed(path: &Path) -> Vec<OsString> {
+    let named = path.components().filter(|c| matches!(c, Component::Normal(_) | Component::ParentDir));
+    let mut parts: Vec<OsString> = named.map(|c| c.as_os_str().to_owned()).collect();
+    parts.reverse();
+    parts
 }
 
 /// Checks a path and reads it as text of at most `bytes_max` bytes.
@@ -100,6 +135,24 @@ mod tests {
         std::fs::File::create(&path).unwrap();
         let error = check(&path).unwrap_err();
         assert!(matches!(&error, Distrust::Writable { path, .. } if path == Path::new("/tmp")), "{error}");
+    }
+
+    #[test]
+    fn link_in_the_middle_that_others_can_change_is_not_believed() {
+        let base = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let at = |name: &str| base.path().join(name);
+        for folder in ["release", "shared", "app"] {
+            std::fs::create_dir(at(folder)).unwrap();
+        }
+        std::fs::File::create(at("release/hook")).unwrap();
+        // app/entry -> shared/current -> release: only the folder of the middle link is open to others.
+        std::os::unix::fs::symlink(at("release"), at("shared/current")).unwrap();
+        std::os::unix::fs::symlink("../shared/current", at("app/entry")).unwrap();
+        let path = at("app/entry/hook");
+        check(&path).unwrap();
+        std::fs::set_permissions(at("shared"), std::fs::Permissions::from_mode(0o777)).unwrap();
+        let error = check(&path).unwrap_err();
+        assert!(matches!(&error, Distrust::Writable { path, .. } if path.ends_with("shared")), "{error}");
     }
 
     #[test]

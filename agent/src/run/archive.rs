@@ -73,7 +73,7 @@ impl Worker {
         alive: &Lock,
         producer: Option<&Producer<'_>>,
     ) -> Result<Self, Failure> {
-        let program = Program::own().map_err(|e| Failure::of(ErrorClass::WorkerKilled, &e))?.arg("worker");
+        let program = Program::own().arg("worker");
         let mut inherit: Vec<&dyn AsFd> = vec![&**alive];
         let program = match producer {
             Some(Producer { read, write: Some(write), .. }) => {

@@ -92,7 +92,7 @@ impl Ended {
 /// When the supervisor cannot be started or dies without an answer; what the hook had started is then
 /// killed here.
 pub async fn run(spec: &Spec, stop: &CancellationToken, inherit: &[&dyn AsFd]) -> Result<Ended, HookError> {
-    let mut child = Program::own().map_err(HookError::Pipe)?.arg("hook").spawn(
+    let mut child = Program::own().arg("hook").spawn(
         Streams { stderr: Stdio::inherit(), ..Streams::piped() },
         End::ByItself,
         inherit,
@@ -298,7 +298,7 @@ impl Supervisor<'_> {
                 return 0;
             }
             if std::time::Instant::now() >= give_up {
-                return process::descendants(nix::unistd::getpid()).len();
+                return process::descendants(nix::unistd::getpid()).len().max(1);
             }
             self.poll(KILL_PAUSE, false);
         }

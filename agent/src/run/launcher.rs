@@ -42,7 +42,7 @@ impl Runner {
     pub async fn launch(settings: &Path, request: &Request) -> Result<Self, LaunchError> {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
         ours.set_nonblocking(true)?;
-        let program = Program::own()?.arg("--config").arg(settings).arg("runner");
+        let program = Program::own().arg("--config").arg(settings).arg("runner");
         let child = program.spawn(Streams::socket(theirs.into())?, End::ByItself, &[])?;
         let (read, mut write) = UnixStream::from_std(ours)?.into_split();
         send(&mut write, request).await?;

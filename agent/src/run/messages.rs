@@ -10,6 +10,7 @@ use tokio::io::{AsyncBufRead, AsyncBufReadExt as _, AsyncReadExt as _, AsyncWrit
 
 use crate::escrow::RepositoryKey;
 use crate::freeze::Bind;
+use crate::platform::chain;
 use crate::report::RunRecord;
 use crate::repository::{Job, Location, Progress, Stored};
 
@@ -162,18 +163,6 @@ impl Failure {
     pub fn of(class: ErrorClass, error: &dyn std::error::Error) -> Self {
         Self::new(class, chain(error))
     }
-}
-
-/// An error and its sources as one sentence.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
 }
 
 /// Reads one line. `None`: the other side is gone, or said what is no message.

@@ -11,6 +11,7 @@ use super::ledger::{HookNote, Note};
 use super::messages::Failure;
 use crate::freeze::{self, PointError, PointPlan};
 use crate::gate::{self, Refusal};
+use crate::platform::chain;
 use crate::platform::mounts::Mounts;
 use crate::platform::trust::{self, Distrust};
 use crate::policy::{
@@ -95,7 +96,7 @@ pub fn read_grants(path: &Path) -> Result<Grants, Failure> {
 }
 
 fn unsafe_permissions(what: &str, error: &Distrust) -> Failure {
-    Failure::new(ErrorClass::UnsafePermissions, format!("{what} is not believed: {}", super::messages::chain(error)))
+    Failure::new(ErrorClass::UnsafePermissions, format!("{what} is not believed: {}", chain(error)))
 }
 
 impl Plan {

@@ -21,6 +21,7 @@ use super::ledger::{Ledger, RunFolder};
 use super::messages::{Event, Failure, Finished, Request, Work, WorkerEvent, receive, send};
 use super::plan::{Host, Plan};
 use super::settle;
+use crate::platform::chain;
 use crate::platform::clock::SharedClock;
 use crate::platform::files::{self, FileError, Lock};
 use crate::platform::{process, trust};
@@ -224,11 +225,7 @@ impl Asked {
             return left;
         };
         if let Err(error) = folder.write_result(&left.finished) {
-            left.finished.record.fail(
-                state_failure(&error).class,
-                super::messages::chain(&error),
-                left.finished.record.finished_at_ms,
-            );
+            left.finished.record.fail(state_failure(&error).class, chain(&error), left.finished.record.finished_at_ms);
             left.settled = false;
             return left;
         }
@@ -288,7 +285,7 @@ impl Asked {
             if finished.record.snapshot_id().is_some() {
                 // A success that is not on disk would be forgotten by recovery: it is none.
                 let now = finished.record.finished_at_ms;
-                finished.record.fail(state_failure(&error).class, super::messages::chain(&error), now);
+                finished.record.fail(state_failure(&error).class, chain(&error), now);
                 if let Ok(Some(note)) = folder.note() {
                     settle::forget(&note.location, &self.run_uid, alive).await;
                 }

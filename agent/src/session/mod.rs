@@ -21,12 +21,16 @@ use crate::heartbeat::Sample;
 use crate::identity::{Identity, IdentityError, Keeper};
 use crate::lifecycle::Drain;
 use crate::platform::backoff::{Backoff, random_u64};
+use crate::platform::chain;
 use crate::platform::clock::SharedClock;
+use crate::platform::command::printable;
 use crate::store::{Store, StoreError};
 use crate::tls::{self, Dialer, TlsError};
 
 /// Delay after the first failure, at most.
 const BACKOFF_BASE: Duration = Duration::from_secs(1);
+/// Longest pause that a receiver can ask for.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
 /// HTTP/2 pings, so that a dead link is noticed by this side.
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
 
@@ -145,8 +149,8 @@ impl Session {
                 () = drain.cancelled() => return,
                 ended = self.connect_and_talk(use_next) => ended,
             };
-            // A renewed certificate that does not work is tried in turns with the old one.
-            use_next = !use_next;
+            // A certificate that was just renewed is shown next; one that does not work takes turns with the old one.
+            use_next = ended.is_ok() || !use_next;
             // A stream that stood for longer than the longest pause counts as a success.
             if began.elapsed() > self.settings.retry_max {
                 backoff.reset();
@@ -163,8 +167,10 @@ impl Session {
         let own = random_u64().map_or(self.settings.retry_max, |random| backoff.next_delay(random));
         let (because, pause) = match ended {
             Ok(()) => ("the certificate was renewed".to_owned(), Duration::ZERO),
-            Err(error @ SessionError::Goodbye { retry_after, .. }) => (describe(&error), own.max(retry_after)),
-            Err(error) => (describe(&error), own),
+            Err(error @ SessionError::Goodbye { retry_after, .. }) => {
+                (printable(chain(&error).as_bytes()), own.max(retry_after.min(RETRY_AFTER_MAX)))
+            }
+            Err(error) => (printable(chain(&error).as_bytes()), own),
         };
         tracing::warn!(event = "session_ended", because, retry_in_ms = pause.as_millis());
         self.link.send_replace(Link { connected: false, because });
@@ -195,17 +201,4 @@ impl Session {
         let connected = endpoint.connect_with_connector(connector).await;
         connected.map_err(|source| SessionError::Connect { address: self.settings.address.clone(), source })
     }
-}
-
-fn describe(error: &SessionError) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        let next = error.to_string();
-        if !text.ends_with(&next) {
-            text = format!("{text}: {next}");
-        }
-        source = error.source();
-    }
-    text
 }

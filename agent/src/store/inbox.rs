@@ -4,6 +4,9 @@ use rusqlite::params;
 
 use super::{Store, StoreError, failed, outbox};
 
+/// A directive is remembered for so long at most, however late it says that it expires.
+const REMEMBERED_MS_MAX: i64 = 60 * 24 * 3600 * 1000;
+
 /// What became of a directive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outcome {
@@ -16,7 +19,8 @@ pub struct Outcome {
 }
 
 impl Store {
-    /// Remembers a directive. False: it was delivered before.
+    /// Remembers a directive. False: it was concluded before. One that was remembered but not concluded is
+    /// taken up again.
     ///
     /// # Errors
     /// When the disk has no room; the directive then counts as not delivered.
@@ -26,22 +30,13 @@ impl Store {
         received_at_ms: i64,
         expires_at_ms: i64,
     ) -> Result<bool, StoreError> {
+        let expires_at_ms = expires_at_ms.min(received_at_ms.saturating_add(REMEMBERED_MS_MAX));
         self.call(move |connection| {
             let sql = "INSERT OR IGNORE INTO inbox (directive_id, received_at_ms, expires_at_ms) VALUES (?1, ?2, ?3)";
             let inserted = connection.execute(sql, params![directive_id, received_at_ms, expires_at_ms]);
-            inserted.map(|rows| rows == 1).map_err(failed("remember a directive"))
-        })
-        .await
-    }
-
-    /// Directives that were remembered and never concluded: the daemon stopped in between. They are
-    /// forgotten, so that the receiver's next delivery starts them afresh.
-    ///
-    /// # Errors
-    /// When the file cannot be written.
-    pub async fn forget_inconclusive(&self) -> Result<usize, StoreError> {
-        self.call(|connection| {
-            connection.execute("DELETE FROM inbox WHERE accepted IS NULL", []).map_err(failed("tidy the inbox"))
+            inserted.map_err(failed("remember a directive"))?;
+            let sql = "SELECT accepted IS NULL FROM inbox WHERE directive_id = ?1";
+            connection.query_row(sql, [directive_id], |row| row.get(0)).map_err(failed("remember a directive"))
         })
         .await
     }

@@ -14,6 +14,7 @@ mod outbox;
 mod runs;
 mod schedule;
 
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -110,6 +111,9 @@ impl Store {
             let reason = format!("SQLite {} has a bug that can corrupt it; 3.51.3 is needed", rusqlite::version());
             return Err(StoreError::Unusable { path: path.to_owned(), reason });
         }
+        // It may hold an open repository's key: SQLite alone would make it readable by everybody.
+        let made = std::fs::OpenOptions::new().append(true).create(true).mode(0o600).open(path);
+        made.map_err(|error| StoreError::Unusable { path: path.to_owned(), reason: error.to_string() })?;
         let mut connection = Connection::open(path).map_err(failed("open the file"))?;
         prepare(&connection).map_err(failed("set up the file"))?;
         let check: String =

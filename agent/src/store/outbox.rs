@@ -4,8 +4,8 @@ use rusqlite::{Connection, Transaction, params};
 
 use super::{Store, StoreError, failed};
 
-/// Most reports that wait for the receiver. At one run a minute and one usage report an hour the bound is
-/// met after 34 days without it; then new runs are refused (`state_full`), because a result that could not
+/// Most reports that wait for the receiver. At one run a minute, which makes three reports, the bound is met
+/// after 23 days without it; then new runs are refused (`state_full`), because a result that could not
 /// be kept would be a result lost.
 pub const OUTBOX_REPORTS_MAX: u64 = 100_000;
 
@@ -25,6 +25,7 @@ impl Store {
     /// [`StoreError::OutboxFull`], or when the disk has no room.
     pub async fn append(&self, body: Vec<u8>) -> Result<u64, StoreError> {
         self.call(move |connection| {
+            check_room(connection)?;
             let transaction = connection.transaction().map_err(failed("append a report"))?;
             let seq = append(&transaction, &body)?;
             transaction.commit().map_err(failed("append a report"))?;
@@ -77,7 +78,7 @@ impl Store {
     /// Appends a report unless one with the same mark was appended before, acknowledged or not.
     ///
     /// # Errors
-    /// As [`Store::append`].
+    /// When the disk has no room. Not bounded: there is one mark a repository.
     pub async fn append_once(&self, mark: String, body: Vec<u8>) -> Result<(), StoreError> {
         self.call(move |connection| {
             let transaction = connection.transaction().map_err(failed("append a report"))?;

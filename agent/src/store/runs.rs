@@ -2,7 +2,7 @@
 
 use rusqlite::{OptionalExtension as _, Row, params};
 
-use super::{Store, StoreError, failed, inbox::Outcome, outbox};
+use super::{Store, StoreError, failed, outbox};
 
 /// How many ended runs are kept for `hestner-agent runs`; the receiver keeps them all.
 const RUNS_KEPT: u32 = 1_000;
@@ -98,19 +98,6 @@ impl Store {
         self.call(move |connection| {
             let sql = "SELECT run_uid, service, record FROM runs WHERE run_uid = ?1";
             connection.query_row(sql, [run_uid], read_row).optional().map_err(failed("read a run"))
-        })
-        .await
-    }
-
-    /// What became of a directive, if it was concluded.
-    ///
-    /// # Errors
-    /// When the file cannot be read.
-    pub async fn outcome(&self, directive_id: String) -> Result<Option<Outcome>, StoreError> {
-        self.call(move |connection| {
-            let sql = "SELECT accepted, code, message FROM inbox WHERE directive_id = ?1 AND accepted IS NOT NULL";
-            let read = |row: &Row<'_>| Ok(Outcome { accepted: row.get(0)?, code: row.get(1)?, message: row.get(2)? });
-            connection.query_row(sql, [directive_id], read).optional().map_err(failed("read the inbox"))
         })
         .await
     }

@@ -30,4 +30,16 @@ impl Store {
         })
         .await
     }
+
+    /// Forgets a due time: a clock that was wrong wrote it.
+    ///
+    /// # Errors
+    /// When the disk has no room.
+    pub async fn forget_last_due(&self, service: String) -> Result<(), StoreError> {
+        self.call(move |connection| {
+            let sql = "DELETE FROM schedule WHERE service = ?1";
+            connection.execute(sql, [service]).map(drop).map_err(failed("write the schedule"))
+        })
+        .await
+    }
 }
