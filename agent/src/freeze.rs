@@ -63,16 +63,9 @@ pub enum PointError {
         /// The one that would be snapshotted.
         subvolume: PathBuf,
     },
-    /// The repository would be read while it is written.
-    #[error(
-        "the destination {destination} lies inside the source {path}: a snapshot of it would be mounted over the repository"
-    )]
-    DestinationInside {
-        /// The destination.
-        destination: PathBuf,
-        /// The source.
-        path: PathBuf,
-    },
+    /// A snapshot's subvolume is not where it was, so that nobody can say whether the snapshot is gone.
+    #[error("{0} is not mounted now; what was made in it is removed when it is")]
+    Away(PathBuf),
 }
 
 /// How the point will be taken.
@@ -135,20 +128,6 @@ impl PointPlan {
             refuse_nested(subvolume, paths, exclude, settings).await?;
         }
         Ok(Self::Btrfs { snapshots, binds })
-    }
-
-    /// Refuses a destination that the snapshot would hide from the archiver.
-    ///
-    /// # Errors
-    /// [`PointError::DestinationInside`].
-    pub fn check_destination(&self, destination: &Path) -> Result<(), PointError> {
-        let Self::Btrfs { binds, .. } = self else { return Ok(()) };
-        match binds.iter().find(|bind| destination.starts_with(&bind.to)) {
-            Some(bind) => {
-                Err(PointError::DestinationInside { destination: destination.to_owned(), path: bind.to.clone() })
-            }
-            None => Ok(()),
-        }
     }
 
     /// What this point reaches. Several subvolumes are not one moment unless hooks hold the writers.
@@ -254,9 +233,14 @@ impl Point {
 /// Removes snapshots by a note of them; one that is not there is fine.
 ///
 /// # Errors
-/// When one is there and cannot be removed.
+/// When one is there and cannot be removed, or its subvolume is not there to look into.
 pub async fn remove_snapshots(snapshots: &[Snapshot], settings: &Settings) -> Result<(), PointError> {
-    for Snapshot { path, .. } in snapshots.iter().filter(|s| s.path.exists()) {
+    for Snapshot { subvolume, path } in snapshots {
+        match path.symlink_metadata() {
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && mounts::is_subvolume(subvolume) => continue,
+            Err(_) => return Err(PointError::Away(subvolume.clone())),
+        }
         let program = btrfs(settings).args(["subvolume", "delete", "--commit-after", "--"]).arg(path);
         let output = program.run(b"", Limits::seconds(COMMAND_SECONDS)).await?;
         if !output.status.success() {
@@ -289,11 +273,5 @@ mod tests {
         assert_eq!(plan(1).consistency(false), Consistency::Filesystem);
         assert_eq!(plan(2).consistency(false), Consistency::None);
         assert_eq!(plan(2).consistency(true), Consistency::Application);
-    }
-
-    #[test]
-    fn destination_that_the_snapshot_would_hide_is_refused() {
-        assert!(plan(1).check_destination(Path::new("/v0/data/backup")).is_err());
-        assert!(plan(1).check_destination(Path::new("/v0/backup")).is_ok());
     }
 }

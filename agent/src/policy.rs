@@ -182,6 +182,11 @@ impl ServiceSettings {
         }
     }
 
+    /// Whether hooks prepare the application before the point in time.
+    pub fn quiesces(&self) -> bool {
+        self.hooks.iter().any(|hook| !hook.pre_freeze.is_empty())
+    }
+
     /// Every mistake in these settings, each as one sentence.
     pub fn mistakes(&self, destinations: &[DestinationSettings]) -> Vec<String> {
         let mut found = Vec::new();

@@ -40,6 +40,10 @@ fn find(settings: &Settings, run_uid: &str) -> Result<Artifact, Complaint> {
             "`hestner-agent runs` lists them",
         ));
     };
+    if folder.is_expired() {
+        let message = format!("the artifact of run {run_uid} was removed by retention");
+        return Err(Complaint::mend("artifact_expired", message, "name a newer run; `hestner-agent runs` lists them"));
+    }
     match (run.snapshot_id().map(str::to_owned), note) {
         (Some(snapshot_id), Some(note)) => Ok(Artifact { run, snapshot_id, repository: Repository::at(note.location) }),
         _ => {

@@ -19,7 +19,7 @@ pub(super) fn init(settings: &Log) -> Result<(), String> {
     Ok(())
 }
 
-/// For runner and worker: the daemon's standard error, as text, warnings and above.
+/// For runner and worker, which share the daemon's standard error: as text.
 pub(super) fn init_child() {
     tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new("info"))

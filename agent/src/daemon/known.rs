@@ -41,7 +41,7 @@ pub(super) async fn reach(service: &ServiceSettings, settings: &Settings) -> Str
     }
     let source = &service.source;
     match PointPlan::of(&source.paths, &source.exclude, "inventory", &settings.freeze).await {
-        Ok(point) => point.consistency(!service.hooks.is_empty()).to_string(),
+        Ok(point) => point.consistency(service.quiesces()).to_string(),
         Err(_) => String::new(),
     }
 }

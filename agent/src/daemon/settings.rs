@@ -213,6 +213,7 @@ impl Settings {
             ("socket", &self.socket),
             ("grants", &self.grants),
             ("repository.restic", &self.repository.restic),
+            ("freeze.btrfs", &self.freeze.btrfs),
         ] {
             if !path.is_absolute() {
                 found.push(format!("`{key}` must be an absolute path, not `{}`", path.display()));
@@ -261,6 +262,7 @@ impl Settings {
     /// # Errors
     /// When the host is not enrolled.
     pub fn host(&self) -> Result<Host, Failure> {
+        trust::check(&self.state_dir).map_err(|e| Failure::of(ErrorClass::UnsafePermissions, &e))?;
         let keeper = Keeper::of(&self.state_dir);
         let not_enrolled = |error: &dyn std::error::Error| Failure::of(ErrorClass::SettingsInvalid, error);
         Ok(Host {

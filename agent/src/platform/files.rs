@@ -68,6 +68,15 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     })
 }
 
+/// Gives a file or a folder another name in the same folder, on disk as well.
+///
+/// # Errors
+/// When it cannot be renamed or the folder not synced.
+#[expect(clippy::disallowed_methods, reason = "the one place that renames")]
+pub fn rename(from: &Path, to: &Path) -> Result<(), FileError> {
+    fs::rename(from, to).and_then(|()| sync_folder_of(to)).map_err(failed("rename", from))
+}
+
 /// Makes a file that must not exist yet, and syncs it and its folder.
 ///
 /// Returns false, and writes nothing, if it exists.

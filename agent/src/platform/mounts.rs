@@ -81,6 +81,14 @@ pub fn subvolume_of(path: &Path, mounts: &Mounts) -> Result<Option<PathBuf>, Fil
     Ok(None)
 }
 
+/// Whether a folder is the root of a btrfs subvolume.
+pub fn is_subvolume(folder: &Path) -> bool {
+    let is_root = folder.symlink_metadata().is_ok_and(|metadata| metadata.ino() == SUBVOLUME_ROOT_INODE);
+    let on_btrfs =
+        nix::sys::statfs::statfs(folder).is_ok_and(|s| s.filesystem_type() == nix::sys::statfs::BTRFS_SUPER_MAGIC);
+    is_root && on_btrfs
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -32,37 +32,33 @@ pub(super) fn make_password(path: &Path) -> Result<(), RepositoryError> {
     Ok(files::write(path, hex::encode(random).as_bytes(), 0o600)?)
 }
 
-/// The key as the company gets it: the wrapped file that lies beside the repository, or a new one.
-pub(super) fn escrow(
-    password_file: &Path,
-    mode: Mode,
-    repository: &Path,
-    recipient: &str,
-) -> Result<EscrowedKey, RepositoryError> {
+/// The key as the company gets it. It is wrapped once, and the copy that is believed lies beside the
+/// password: whoever can write at the destination could lay down another.
+pub(super) fn escrow(password_file: &Path, mode: Mode, recipient: &str) -> Result<EscrowedKey, RepositoryError> {
     let password = files::read(password_file, KEY_BYTES_MAX)?;
     if mode == Mode::Open {
         return Ok(EscrowedKey::Open(String::from_utf8_lossy(&password).into_owned()));
     }
-    let beside = repository.join(WRAPPED_FILE);
-    match files::read(&beside, KEY_BYTES_MAX) {
+    let kept = password_file.with_extension("age");
+    match files::read(&kept, KEY_BYTES_MAX) {
         Ok(wrapped) => Ok(EscrowedKey::Wrapped(wrapped)),
         Err(error) if error.is_missing() => {
             let wrapped = wrap(&password, recipient)?;
-            if repository.join("config").exists() {
-                files::write(&beside, &wrapped, 0o600)?;
-            }
+            files::write(&kept, &wrapped, 0o600)?;
             Ok(EscrowedKey::Wrapped(wrapped))
         }
         Err(error) => Err(error.into()),
     }
 }
 
-/// Lays the wrapped key into the repository's folder.
+/// Lays the wrapped key into the repository's folder, in place of whatever else lies there.
 pub(super) fn lay_beside(repository: &Path, key: &RepositoryKey) -> Result<(), RepositoryError> {
-    match &key.key {
-        EscrowedKey::Wrapped(bytes) => Ok(files::write(&repository.join(WRAPPED_FILE), bytes, 0o600)?),
-        EscrowedKey::Open(_) => Ok(()),
+    let EscrowedKey::Wrapped(bytes) = &key.key else { return Ok(()) };
+    let path = repository.join(WRAPPED_FILE);
+    if files::read(&path, KEY_BYTES_MAX).is_ok_and(|there| there == *bytes) {
+        return Ok(());
     }
+    Ok(files::write(&path, bytes, 0o600)?)
 }
 
 fn wrap(password: &[u8], recipient: &str) -> Result<Vec<u8>, RepositoryError> {
@@ -85,10 +81,20 @@ mod tests {
         make_password(&password_file).unwrap();
         let password = files::read(&password_file, 1000).unwrap();
         let (company, stranger) = (age::x25519::Identity::generate(), age::x25519::Identity::generate());
-        let key = escrow(&password_file, Mode::Encrypted, folder.path(), &company.to_public().to_string()).unwrap();
+        let key = escrow(&password_file, Mode::Encrypted, &company.to_public().to_string()).unwrap();
         let EscrowedKey::Wrapped(wrapped) = key else { panic!("it must be wrapped") };
         assert_eq!(age::decrypt(&company, &wrapped).unwrap(), password);
         assert!(age::decrypt(&stranger, &wrapped).is_err());
+    }
+
+    #[test]
+    fn key_that_somebody_else_laid_beside_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let ours = EscrowedKey::Wrapped(b"ours".to_vec());
+        let key = RepositoryKey { repository_id: "r".into(), destination: "d".into(), key: ours };
+        files::write(&folder.path().join(WRAPPED_FILE), b"theirs", 0o600).unwrap();
+        lay_beside(folder.path(), &key).unwrap();
+        assert_eq!(files::read(&folder.path().join(WRAPPED_FILE), 100).unwrap(), b"ours");
     }
 
     #[test]

@@ -30,6 +30,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 use toml_example::TomlExample;
 
 use crate::escrow::RepositoryKey;
@@ -252,7 +253,11 @@ impl Repository {
             (true, None) if !self.location.password_file().exists() => {
                 return Err(RepositoryError::NoPassword(self.location.password_file()));
             }
-            (true, Some(id)) => return self.key(&String::from_utf8_lossy(&id), recovery_recipient),
+            (true, Some(id)) => {
+                let key = self.key(&String::from_utf8_lossy(&id), recovery_recipient)?;
+                keys::lay_beside(&self.location.path(), &key)?;
+                return Ok(key);
+            }
             (true, None) => {}
             (false, None) => {
                 keys::make_password(&self.location.password_file())?;
@@ -278,12 +283,7 @@ impl Repository {
     }
 
     fn key(&self, repository_id: &str, recovery_recipient: &str) -> Result<RepositoryKey, RepositoryError> {
-        let key = keys::escrow(
-            &self.location.password_file(),
-            self.location.mode,
-            &self.location.path(),
-            recovery_recipient,
-        )?;
+        let key = keys::escrow(&self.location.password_file(), self.location.mode, recovery_recipient)?;
         Ok(RepositoryKey {
             repository_id: repository_id.to_owned(),
             destination: self.location.destination.clone(),
@@ -293,7 +293,7 @@ impl Repository {
 
     /// Stores a job, and returns only what is whole: every byte read, every object synced by restic.
     /// `stream` is where a [`Input::Stream`] is read from; `cancelled` ends the archiver at once when it
-    /// completes.
+    /// completes. Locks of dead processes are cleared first; another user's is waited for.
     ///
     /// # Errors
     /// Whatever kept it from being whole. The snapshot of a partial read is removed before this returns;
@@ -303,18 +303,39 @@ impl Repository {
         job: &Job,
         stream: Option<OwnedFd>,
         cancelled: impl Future<Output = ()>,
-        on_progress: impl FnMut(Progress),
+        mut on_progress: impl FnMut(Progress),
     ) -> Result<Stored, RepositoryError> {
+        locks::clear_stale(&self.engine, &self.location.path()).await?;
+        tokio::pin!(cancelled);
+        let give_up = Instant::now() + Duration::from_secs(self.location.lock_wait_seconds);
+        let ended = loop {
+            // The archiver takes its lock before it reads, so that a stream is whole at the next try.
+            let input = stream.as_ref().map(OwnedFd::try_clone).transpose();
+            let input = input.map_err(|e| RepositoryError::Surprise(format!("no descriptor is left: {e}")))?;
+            match self.engine.backup(job, input, cancelled.as_mut(), &mut on_progress).await {
+                Err(RepositoryError::Locked(_)) if Instant::now() < give_up => tokio::select! {
+                    () = tokio::time::sleep(restic::LOCK_PAUSE) => {}
+                    () = &mut cancelled => return Err(RepositoryError::Cancelled),
+                },
+                other => break other?,
+            }
+        };
+        self.gate(job, ended).await
+    }
+
+    /// The commit gate.
+    async fn gate(&self, job: &Job, ended: restic::Ended) -> Result<Stored, RepositoryError> {
         let live = matches!(job.input, Input::Files { live: true, .. });
-        let ended = self.engine.backup(job, stream, cancelled, on_progress).await?;
         let unreadable = if live { ended.errors.unreadable } else { ended.errors.unreadable + ended.errors.vanished };
         let whole = unreadable == 0 && !(ended.partial && ended.errors.vanished == 0);
         let Some(snapshot_id) = ended.snapshot_id.filter(|_| whole) else {
-            let removal = self.forget_run(&job.run_uid).await;
-            if let Err(source) = removal {
+            if let Err(source) = self.forget_run(&job.run_uid).await {
                 return Err(RepositoryError::RemovalOwed { source: Box::new(source) });
             }
-            return Err(RepositoryError::Unreadable(EntryErrors { unreadable, ..ended.errors }));
+            return Err(match unreadable {
+                0 => RepositoryError::Surprise("restic did not say that it stored everything".to_owned()),
+                _ => RepositoryError::Unreadable(EntryErrors { unreadable, ..ended.errors }),
+            });
         };
         Ok(Stored {
             snapshot_id: self.full_id(&job.run_uid, &snapshot_id).await?,
@@ -353,7 +374,9 @@ impl Repository {
     /// When the repository cannot be opened or another user holds it.
     pub async fn forget_run(&self, run_uid: &str) -> Result<(), RepositoryError> {
         if !self.location.path().join("config").exists() {
-            return Ok(());
+            // One that was there before is on a disk that is not mounted now, with whatever it holds.
+            let known = self.location.id_file().exists();
+            return if known { Err(RepositoryError::Gone(self.location.path())) } else { Ok(()) };
         }
         locks::clear_stale(&self.engine, &self.location.path()).await?;
         let all = self.snapshots().await?;
@@ -366,6 +389,7 @@ impl Repository {
     /// # Errors
     /// When the repository cannot be opened or another user holds it.
     pub async fn expire(&self, ids: &[String]) -> Result<(), RepositoryError> {
+        locks::clear_stale(&self.engine, &self.location.path()).await?;
         self.engine.forget(ids, restic::Prune::Yes).await
     }
 

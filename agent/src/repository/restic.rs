@@ -31,7 +31,7 @@ const COMPLAINTS_KEPT: usize = 20;
 /// Longest line of restic's that is looked at; a status line names the files in work.
 const LINE_BYTES_MAX: usize = 1024 * 1024;
 /// Pause between two tries for a lock.
-const LOCK_PAUSE: Duration = Duration::from_secs(2);
+pub(super) const LOCK_PAUSE: Duration = Duration::from_secs(2);
 
 #[derive(Clone, Debug)]
 pub(super) struct Restic {
@@ -178,9 +178,8 @@ impl Restic {
     }
 
     pub(super) async fn restore(&self, id: &str, target: &Path) -> Result<(), RepositoryError> {
-        let program = self.program.clone().args(["restore", "--verify", id, "--target"]).arg(target);
-        let output = program.run(b"", WORK).await?;
-        self.judge("restore", output).map(drop)
+        let target = target.to_string_lossy();
+        self.run_when_unlocked("restore", &["restore", "--verify", id, "--target", &target]).await
     }
 
     pub(super) async fn verify(&self, id: &str) -> Result<(), RepositoryError> {

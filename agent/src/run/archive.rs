@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use hestner_proto::words::{ErrorClass, Phase};
+use nix::unistd::Pid;
 use tokio::io::BufReader;
 use tokio::process::{Child, ChildStdin, ChildStdout};
 use tokio_util::sync::CancellationToken;
@@ -107,6 +108,7 @@ impl Worker {
         let mut last = None;
         let mut producer_failure = None;
         let Self { child, orders, events } = &mut self;
+        let spare: Vec<Pid> = child.id().map(|pid| Pid::from_raw(pid.cast_signed())).into_iter().collect();
         {
             let listen = async {
                 while let Some(event) = receive(events).await {
@@ -121,7 +123,7 @@ impl Worker {
                 let _ = child.wait().await;
                 stop_producer.cancel();
             };
-            let feed = feed(producer.as_mut(), &stop_producer, stop, orders);
+            let feed = feed(producer.as_mut(), &stop_producer, stop, orders, &spare);
             let both = async {
                 let ((), failure) = tokio::join!(listen, feed);
                 producer_failure = failure;
@@ -156,43 +158,35 @@ async fn feed(
     stop_producer: &CancellationToken,
     stop: &CancellationToken,
     orders: &mut Option<ChildStdin>,
+    spare: &[Pid],
 ) -> Option<Failure> {
-    let failure = match producer {
-        Some(producer) => {
-            let ended = match &producer.write {
-                Some(write) => hook::run(&producer.spec(write), stop_producer, &[write]).await,
-                None => return None,
-            };
+    if let Some(producer) = producer {
+        let Some(write) = &producer.write else { return None };
+        let ended = hook::run(&producer.spec(write), stop_producer, &[write], spare).await;
+        if let (Ok(ended), Some(orders)) = (&ended, orders.as_mut())
+            && ended.is_success()
+        {
+            drop(producer.write.take());
+            // A worker that is gone is noticed by its missing result.
+            let _ = send(orders, &WorkerOrder::EndOfStream).await;
+        } else {
+            // The worker kills the archiver when its orders end; only then may the write end be closed.
+            drop(orders.take());
             let failure = producer_failure(ended, stop_producer);
-            match (&failure, orders.as_mut()) {
-                (None, Some(orders)) => {
-                    drop(producer.write.take());
-                    // A worker that is gone is noticed by its missing result.
-                    let _ = send(orders, &WorkerOrder::EndOfStream).await;
-                    None
-                }
-                _ => {
-                    // The worker kills the archiver when its orders end; only then may the write end be closed.
-                    drop(orders.take());
-                    stop_producer.cancelled().await;
-                    drop(producer.write.take());
-                    return failure;
-                }
-            }
+            stop_producer.cancelled().await;
+            return failure;
         }
-        None => None,
-    };
+    }
     tokio::select! {
         () = stop.cancelled() => {}
         () = stop_producer.cancelled() => {}
     }
     drop(orders.take());
-    failure
+    None
 }
 
 fn producer_failure(ended: Result<hook::Ended, hook::HookError>, stopped: &CancellationToken) -> Option<Failure> {
     match ended {
-        Ok(ended) if ended.is_success() => None,
         // The worker ended first, and says why.
         _ if stopped.is_cancelled() => None,
         Ok(ended) => {

@@ -11,14 +11,14 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::archive::{Producer, Said, Worker};
-use super::hook::{self, Spec};
-use super::ledger::RunFolder;
-use super::log::Tail;
+use super::hook;
+use super::ledger::{HookNote, RunFolder};
+use super::log::{Tail, mask};
 use super::machine::{self, Action, Machine};
 use super::messages::{Event, Failure, Finished, Work, WorkerEvent};
 use super::plan::{Host, Plan};
 use crate::escrow::RepositoryKey;
-use crate::freeze::{self, Point, PointPlan};
+use crate::freeze::{self, Point, PointError, PointPlan};
 use crate::platform::clock::SharedClock;
 use crate::platform::files::Lock;
 use crate::policy::HookSettings;
@@ -41,6 +41,23 @@ pub(super) struct Driver<'a> {
     key: Option<RepositoryKey>,
     last_prepared: Option<Instant>,
     archived_anything: bool,
+    /// False: recovery has something left to do.
+    settled: bool,
+}
+
+/// What became of a command of a hook.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Called {
+    Succeeded,
+    Failed,
+    /// Its program did not run, or nobody knows how far it came.
+    NotRun,
+}
+
+impl Called {
+    fn event(self) -> machine::Event {
+        if self == Self::Succeeded { machine::Event::HookSucceeded } else { machine::Event::HookFailed }
+    }
 }
 
 /// How the driver left things.
@@ -74,6 +91,7 @@ impl<'a> Driver<'a> {
             key: None,
             last_prepared: None,
             archived_anything: false,
+            settled: true,
         }
     }
 
@@ -82,14 +100,13 @@ impl<'a> Driver<'a> {
         let mut machine = Machine::new(self.plan.service.hooks.len());
         let mut event = machine::Event::Begin;
         let mut reason = None;
-        let mut settled = true;
         tokio::pin!(cancelled);
         loop {
             let action = match machine.take(event) {
                 Ok(action) => action,
                 Err(illegal) => {
                     self.fail(Failure::of(ErrorClass::Interrupted, &illegal));
-                    settled = false;
+                    self.settled = false;
                     break;
                 }
             };
@@ -97,7 +114,7 @@ impl<'a> Driver<'a> {
                 break;
             }
             let stop = CancellationToken::new();
-            let performing = self.perform(action, &stop, machine.has_failed(), &mut settled);
+            let performing = self.perform(action, &stop, machine.has_failed());
             tokio::pin!(performing);
             event = loop {
                 tokio::select! {
@@ -115,10 +132,14 @@ impl<'a> Driver<'a> {
             // What the cancelled action then stumbled over is only a consequence.
             self.failure = Some(reason);
         }
-        self.leave(settled)
+        if self.failure.is_some() && self.stored.take().is_some() {
+            // It failed after the archive, with nobody left to remove what that stored.
+            self.settled &= super::settle::forget(&self.plan.location, &self.record.run_uid, self.alive).await;
+        }
+        self.leave()
     }
 
-    fn leave(mut self, settled: bool) -> Left {
+    fn leave(mut self) -> Left {
         let now = self.clock.now_ms();
         self.record.log_tail = self.tail.text();
         match (self.failure.take(), self.stored.take()) {
@@ -138,10 +159,12 @@ impl<'a> Driver<'a> {
                 self.record.fail(failure.class, failure.message, now);
             }
         }
-        Left { finished: Finished { record: self.record, repository_key: self.key }, settled }
+        Left { finished: Finished { record: self.record, repository_key: self.key }, settled: self.settled }
     }
 
-    fn fail(&mut self, failure: Failure) {
+    fn fail(&mut self, mut failure: Failure) {
+        // Output of strangers gets into messages, and messages get to the log and to the centre.
+        failure.message = mask(&failure.message);
         tracing::warn!(event = "run_step_failed", error_class = %failure.class, error = failure.message);
         self.failure.get_or_insert(failure);
     }
@@ -152,13 +175,7 @@ impl<'a> Driver<'a> {
         let _ = self.says.send(Event::Progress { phase, progress: Progress::default() }).await;
     }
 
-    async fn perform(
-        &mut self,
-        action: Action,
-        stop: &CancellationToken,
-        failed: bool,
-        settled: &mut bool,
-    ) -> machine::Event {
+    async fn perform(&mut self, action: Action, stop: &CancellationToken, failed: bool) -> machine::Event {
         use machine::Event as E;
         match action {
             Action::Prepare(i) => self.prepare(i, stop).await,
@@ -174,7 +191,7 @@ impl<'a> Driver<'a> {
             }
             Action::Archive => self.archive(stop).await,
             Action::RemovePoint => {
-                *settled = self.remove_what_was_made(failed).await;
+                self.settled &= self.remove_what_was_made(failed).await;
                 E::PointRemoved
             }
             // Neither begins anything: what goes on has an event of its own.
@@ -185,21 +202,18 @@ impl<'a> Driver<'a> {
     async fn prepare(&mut self, i: usize, stop: &CancellationToken) -> machine::Event {
         self.enter(Phase::PreFreeze).await;
         let hook = &self.plan.service.hooks[i];
-        match self.folder.claim_begin(i) {
-            Ok(true) => {}
-            Ok(false) => {
-                self.fail(Failure::new(ErrorClass::Interrupted, format!("hook `{}` was begun before", hook.name)));
-                return machine::Event::HookFailed;
-            }
-            Err(error) => {
-                let class = if error.is_full() { ErrorClass::StateFull } else { ErrorClass::Interrupted };
-                self.fail(Failure::of(class, &error));
-                return machine::Event::HookFailed;
-            }
+        let unclaimed = match self.folder.claim_begin(i) {
+            Ok(true) => None,
+            Ok(false) => Some(Failure::new(ErrorClass::Interrupted, format!("hook `{}` was begun before", hook.name))),
+            Err(error) => Some(super::runner::state_failure(&error)),
+        };
+        if let Some(failure) = unclaimed {
+            self.fail(failure);
+            return machine::Event::HookNotBegun;
         }
-        let event = self.call(hook, &hook.pre_freeze, "pre_freeze", stop).await;
+        let called = self.call(hook, &hook.pre_freeze, "pre_freeze", stop).await;
         self.last_prepared = Some(Instant::now());
-        event
+        called.event()
     }
 
     async fn release(&mut self, i: usize, argv: &[String], name: &str) -> machine::Event {
@@ -210,45 +224,34 @@ impl<'a> Driver<'a> {
             Ok(false) => return machine::Event::HookSucceeded,
             Err(error) => tracing::warn!(event = "release_not_claimed", error = %error),
         }
-        let event = self.call(&self.plan.service.hooks[i], argv, name, &CancellationToken::new()).await;
-        if let Err(error) = self.folder.release_ended(i) {
-            // Recovery then calls it once more: releases are idempotent by contract.
-            tracing::warn!(event = "release_not_noted", error = %error);
-        }
-        event
+        let called = self.call(&self.plan.service.hooks[i], argv, name, &CancellationToken::new()).await;
+        // One that did not run is owed, and one that cannot be noted counts as owed: recovery calls it once
+        // more, and releases are idempotent by contract.
+        let noted = called != Called::NotRun && self.folder.release_ended(i).is_ok();
+        self.settled &= noted;
+        called.event()
     }
 
-    async fn call(
-        &mut self,
-        hook: &HookSettings,
-        argv: &[String],
-        name: &str,
-        stop: &CancellationToken,
-    ) -> machine::Event {
+    async fn call(&mut self, hook: &HookSettings, argv: &[String], name: &str, stop: &CancellationToken) -> Called {
         if argv.is_empty() {
-            return machine::Event::HookSucceeded;
+            return Called::Succeeded;
         }
-        let environment = [("RUN_UID", &self.record.run_uid), ("SERVICE", &self.record.service), ("HOOK", &hook.name)];
-        let spec = Spec {
-            argv: argv.to_vec(),
-            user: hook.user.clone(),
-            timeout_ms: u64::try_from(hook.timeout.as_millis()).unwrap_or(u64::MAX),
-            output_bytes_max: hook.output_bytes_max,
-            environment: environment.map(|(k, v)| (format!("HESTNER_{k}"), v.clone())).to_vec(),
-            stdout_fd: None,
-        };
-        match hook::run(&spec, stop, &[&**self.alive]).await {
+        let spec = HookNote::from(hook).spec(argv, &self.record.run_uid, &self.record.service);
+        let (called, failure) = match hook::run(&spec, stop, &[&**self.alive], &[]).await {
             Ok(ended) => {
                 self.tail.add(&format!("{} {name}", hook.name), &ended.output);
                 if ended.is_success() {
-                    return machine::Event::HookSucceeded;
+                    return Called::Succeeded;
                 }
                 let class = if ended.timed_out { ErrorClass::HookTimeout } else { ErrorClass::HookFailed };
-                self.fail(Failure::new(class, format!("{name} of hook `{}` {}", hook.name, ended.description())));
+                let message = format!("{name} of hook `{}` {}", hook.name, ended.description());
+                let called = if ended.was_started() { Called::Failed } else { Called::NotRun };
+                (called, Failure::new(class, message))
             }
-            Err(error) => self.fail(Failure::of(ErrorClass::HookFailed, &error)),
-        }
-        machine::Event::HookFailed
+            Err(error) => (Called::NotRun, Failure::of(ErrorClass::HookFailed, &error)),
+        };
+        self.fail(failure);
+        called
     }
 
     async fn take_point(&mut self) -> machine::Event {
@@ -263,6 +266,8 @@ impl<'a> Driver<'a> {
                 machine::Event::PointTaken
             }
             Err(error) => {
+                // A command that was killed may still have its way inside the kernel, after we have looked.
+                self.settled &= !matches!(error, PointError::Command(_));
                 self.fail(Failure::of(ErrorClass::PointFailed, &error));
                 machine::Event::PointFailed
             }
@@ -306,7 +311,8 @@ impl<'a> Driver<'a> {
             PointPlan::Live => Vec::new(),
             PointPlan::Btrfs { binds, .. } => binds.clone(),
         };
-        let work = Work::Store { job, binds, recovery_recipient: self.host.recovery_recipient.clone() };
+        let keep = self.host.own_folders();
+        let work = Work::Store { job, binds, keep, recovery_recipient: self.host.recovery_recipient.clone() };
         let worker = Worker::start(plan.location.clone(), work, self.alive, producer.as_ref()).await?;
         let (says, key, record) = (&self.says, &mut self.key, &mut self.record);
         let last = worker.finish(stop, producer, |said| match said {
@@ -326,7 +332,8 @@ impl<'a> Driver<'a> {
                 "the worker ended with another result than was asked for",
             ));
         };
-        if let Some(paths) = &plan.paths {
+        // A snapshot is what it was; only a live tree can be replaced while it is read.
+        if let (Some(paths), PointPlan::Live) = (&plan.paths, &plan.point) {
             paths.look_again().map_err(|e| Failure::of(ErrorClass::SourceMissing, &e))?;
         }
         Ok((stored, repository_bytes))

@@ -73,6 +73,11 @@ impl Ended {
         self.exit_code == Some(0) && !self.timed_out && !self.stopped && self.survivors == 0
     }
 
+    /// Whether its program ran at all.
+    pub fn was_started(&self) -> bool {
+        self.start_error.is_empty()
+    }
+
     /// What happened, for a message.
     pub fn description(&self) -> String {
         match self.exit_code {
@@ -86,12 +91,18 @@ impl Ended {
     }
 }
 
-/// Runs a hook under a new supervisor. `stop` ends it early.
+/// Runs a hook under a new supervisor. `stop` ends it early; `spare` are children of this process that have
+/// nothing to do with it.
 ///
 /// # Errors
 /// When the supervisor cannot be started or dies without an answer; what the hook had started is then
 /// killed here.
-pub async fn run(spec: &Spec, stop: &CancellationToken, inherit: &[&dyn AsFd]) -> Result<Ended, HookError> {
+pub async fn run(
+    spec: &Spec,
+    stop: &CancellationToken,
+    inherit: &[&dyn AsFd],
+    spare: &[Pid],
+) -> Result<Ended, HookError> {
     let mut child = Program::own().arg("hook").spawn(
         Streams { stderr: Stdio::inherit(), ..Streams::piped() },
         End::ByItself,
@@ -119,11 +130,15 @@ pub async fn run(spec: &Spec, stop: &CancellationToken, inherit: &[&dyn AsFd]) -
         ended = finished => { ended.map_err(HookError::Pipe)?; }
         () = stopping => {}
     }
-    serde_json::from_slice(&text).map_err(|_| {
-        // The supervisor was killed: what it had started is ours now (this process is a subreaper too).
-        process::signal_descendants(Signal::SIGKILL, &[]);
-        HookError::SupervisorDied
-    })
+    if let Ok(ended) = serde_json::from_slice(&text) {
+        return Ok(ended);
+    }
+    // The supervisor was killed: what it had started is ours now (this process is a subreaper too).
+    let give_up = tokio::time::Instant::now() + KILL_GIVE_UP;
+    while process::signal_descendants(Signal::SIGKILL, spare) && tokio::time::Instant::now() < give_up {
+        tokio::time::sleep(KILL_PAUSE).await;
+    }
+    Err(HookError::SupervisorDied)
 }
 
 /// A hook that could not be supervised.

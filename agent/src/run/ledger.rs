@@ -1,7 +1,7 @@
 //! The runner's own notes of each run: what it is about to make, which hooks it began, how it ended.
 //!
 //! One folder a run, `STATE/runs/<run id>`: `plan.json` (written and synced before anything is done),
-//! `begun-<n>` and `released-<n>` (hook claims, made with `O_EXCL`), `result.json` (the end of the run; until it is there
+//! `begun-<n>` and `released-<n>` (hook claims, made with `O_EXCL`), `release-ended-<n>`, `expired`, `result.json` (the end of the run; until it is there
 //! the run has not succeeded), `settled` (nothing is left to do). `alive` is locked for as long as any
 //! process of the run lives: the runner, its worker and the archiver inherit the open file.
 //!
@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::hook::Spec;
 use super::messages::Finished;
 use crate::freeze::Snapshot;
 use crate::platform::files::{self, FileError, Lock};
@@ -21,6 +22,9 @@ use crate::repository::Location;
 const NOTE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 /// Folders of runs that are settled and hold no artifact any more are kept up to this number.
 const FOLDERS_KEPT: usize = 500;
+
+/// What the folder of a run is called until it is locked.
+const UNBORN: &str = ".new-";
 
 /// What a run is about to make and to call.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -44,10 +48,25 @@ pub struct HookNote {
     pub release: Vec<String>,
     /// The user to run it as.
     pub user: String,
-    /// How long it may take, in seconds.
-    pub timeout_seconds: u64,
+    /// How long each of its commands may take.
+    pub timeout_ms: u64,
     /// How much of its output is kept.
     pub output_bytes_max: usize,
+}
+
+impl HookNote {
+    /// What a supervisor runs for a command of this hook.
+    pub fn spec(&self, argv: &[String], run_uid: &str, service: &str) -> Spec {
+        let environment = [("RUN_UID", run_uid), ("SERVICE", service), ("HOOK", &self.name)];
+        Spec {
+            argv: argv.to_vec(),
+            user: self.user.clone(),
+            timeout_ms: self.timeout_ms,
+            output_bytes_max: self.output_bytes_max,
+            environment: environment.map(|(name, value)| (format!("HESTNER_{name}"), value.to_owned())).to_vec(),
+            stdout_fd: None,
+        }
+    }
 }
 
 impl From<&HookSettings> for HookNote {
@@ -57,7 +76,7 @@ impl From<&HookSettings> for HookNote {
             name: hook.name.clone(),
             release: release.clone(),
             user: hook.user.clone(),
-            timeout_seconds: hook.timeout.as_secs().max(1),
+            timeout_ms: u64::try_from(hook.timeout.as_millis()).unwrap_or(u64::MAX),
             output_bytes_max: hook.output_bytes_max,
         }
     }
@@ -82,18 +101,23 @@ impl Ledger {
         RunFolder(self.0.join(run_uid))
     }
 
-    /// Begins the notes of a run. `None`: there are some already.
+    /// Begins the notes of a run, with the lock that says that it lives. `None`: there are some already.
     ///
     /// # Errors
     /// When the folder cannot be made.
-    pub fn begin(&self, run_uid: &str) -> Result<Option<RunFolder>, FileError> {
+    pub fn begin(&self, run_uid: &str) -> Result<Option<(RunFolder, Lock)>, FileError> {
         files::private_folder(&self.0)?;
         let folder = self.run(run_uid);
         if folder.0.exists() {
             return Ok(None);
         }
-        files::private_folder(&folder.0)?;
-        Ok(Some(folder))
+        // Under a name that recovery passes over until the lock is held: what it finds unlocked is dead.
+        let unborn = RunFolder(self.0.join(format!("{UNBORN}{run_uid}")));
+        files::remove(&unborn.0)?;
+        files::private_folder(&unborn.0)?;
+        let lock = unborn.lock_alive()?;
+        files::rename(&unborn.0, &folder.0)?;
+        Ok(lock.map(|lock| (folder, lock)))
     }
 
     /// Takes the lock of a service. `None`: another run of it goes on.
@@ -138,8 +162,7 @@ impl Ledger {
         let surplus = uids.len().saturating_sub(FOLDERS_KEPT);
         for uid in &uids[..surplus] {
             let run = self.run(uid);
-            let offers = run.result()?.is_some_and(|finished| finished.record.snapshot_id().is_some());
-            if run.is_settled() && !offers {
+            if run.is_settled() && !run.offers_artifact() {
                 files::remove(&run.0)?;
             }
         }
@@ -235,6 +258,26 @@ impl RunFolder {
         files::create_new(&self.0.join("settled"), b"").map(drop)
     }
 
+    /// Writes down that retention removed the artifact.
+    ///
+    /// # Errors
+    /// When the disk has no room; the artifact is then offered, and found to be gone.
+    pub fn mark_expired(&self) -> Result<(), FileError> {
+        files::create_new(&self.0.join("expired"), b"").map(drop)
+    }
+
+    /// Whether retention removed the artifact.
+    pub fn is_expired(&self) -> bool {
+        self.0.join("expired").exists()
+    }
+
+    /// Whether the run ended as success and its artifact was not removed. A result that cannot be read
+    /// offers nothing.
+    pub fn offers_artifact(&self) -> bool {
+        let result = self.result().ok().flatten();
+        result.is_some_and(|finished| finished.record.snapshot_id().is_some()) && !self.is_expired()
+    }
+
     fn is_settled(&self) -> bool {
         self.0.join("settled").exists()
     }
@@ -257,7 +300,7 @@ mod tests {
     #[test]
     fn release_is_owed_until_it_has_ended() {
         let folder = tempfile::tempdir().unwrap();
-        let run = Ledger::of(folder.path()).begin("a").unwrap().unwrap();
+        let (run, _alive) = Ledger::of(folder.path()).begin("a").unwrap().unwrap();
         assert!(!run.owes_release(0));
         assert!(run.claim_begin(0).unwrap());
         assert!(run.owes_release(0));
@@ -272,7 +315,10 @@ mod tests {
     fn run_begins_once_and_stays_unsettled_until_it_says_otherwise() {
         let folder = tempfile::tempdir().unwrap();
         let ledger = Ledger::of(folder.path());
-        let run = ledger.begin("a").unwrap().unwrap();
+        let (run, alive) = ledger.begin("a").unwrap().unwrap();
+        assert!(run.is_alive());
+        drop(alive);
+        assert!(!run.is_alive());
         assert!(ledger.begin("a").unwrap().is_none());
         assert_eq!(ledger.unsettled().unwrap(), ["a"]);
         run.settle().unwrap();

@@ -39,7 +39,7 @@ impl Tail {
 }
 
 /// Masks what stands behind a word for a secret, and the password in a URL.
-fn mask(line: &str) -> String {
+pub(super) fn mask(line: &str) -> String {
     mask_urls(&mask_keys(line))
 }
 
@@ -49,9 +49,11 @@ fn mask_keys(line: &str) -> String {
     let mut at = 0;
     while at < line.len() {
         let key = KEYS.iter().find(|key| lower[at..].starts_with(**key));
-        let Some(value) =
-            key.and_then(|key| value_behind(&line[at + key.len()..]).map(|(skip, len)| (key.len() + skip, len)))
-        else {
+        // A flag such as `--password x` has only a space before its value.
+        let loose = key == Some(&"bearer") || line[..at].ends_with("--");
+        let behind =
+            |key: &&str| value_behind(&line[at + key.len()..], loose).map(|(skip, len)| (key.len() + skip, len));
+        let Some(value) = key.and_then(behind) else {
             let step = line[at..].chars().next().map_or(1, char::len_utf8);
             out.push_str(&line[at..at + step]);
             at += step;
@@ -64,17 +66,18 @@ fn mask_keys(line: &str) -> String {
     out
 }
 
-/// Where a value begins behind its key, and how long it is.
-fn value_behind(rest: &str) -> Option<(usize, usize)> {
+/// Where a value begins behind its key, and how long it is. `loose`: a space is enough between the two.
+fn value_behind(rest: &str, loose: bool) -> Option<(usize, usize)> {
     let trimmed = rest.trim_start_matches(['"', '\'']);
     let after = trimmed.trim_start_matches([' ', ':', '=']);
     let value = after.trim_start_matches(['"', '\'']);
-    if after.len() == trimmed.len() || value.is_empty() {
+    let between = &trimmed[..trimmed.len() - after.len()];
+    if !between.contains([':', '=']) && !(loose && !between.is_empty()) || value.is_empty() {
         return None;
     }
     // "Authorization: Basic abc" and "Bearer abc": the scheme is not the secret, what follows is.
-    let scheme =
-        ["basic ", "bearer "].iter().find(|s| value.to_ascii_lowercase().starts_with(**s)).map_or(0, |s| s.len());
+    let lower = value.to_ascii_lowercase();
+    let scheme = ["basic ", "bearer "].iter().find(|s| lower.starts_with(**s)).map_or(0, |s| s.len());
     let len = value[scheme..].find([' ', '"', '\'', ',', ';', '&']).unwrap_or(value.len() - scheme);
     (len > 0).then_some((rest.len() - value.len() + scheme, len))
 }
@@ -110,7 +113,8 @@ mod tests {
             ("Authorization: Bearer abc.def", "Authorization: Bearer ***"),
             ("{\"token\": \"t0k\"}", "{\"token\": \"***\"}"),
             ("dial postgres://app:hunter2@db/x", "dial postgres://app:***@db/x"),
-            ("password file is missing", "password *** is missing"),
+            ("the password in /k does not open it", "the password in /k does not open it"),
+            ("dump --password hunter2 db", "dump --password *** db"),
             ("nothing to hide: ümlaut", "nothing to hide: ümlaut"),
         ] {
             assert_eq!(mask(line), expected);

@@ -37,6 +37,8 @@ pub enum Event {
     HookSucceeded,
     /// It ended otherwise.
     HookFailed,
+    /// It was not begun at all: its claim could not be written.
+    HookNotBegun,
     /// The point was taken.
     PointTaken,
     /// It was not.
@@ -119,6 +121,7 @@ impl Machine {
             (State::Preparing(i), Event::HookSucceeded) if self.failed => Self::recover(i),
             (State::Preparing(i), Event::HookSucceeded) => self.prepare(i + 1),
             (State::Preparing(i), Event::HookFailed) => self.fail_then(|_| Self::recover(i)),
+            (State::Preparing(i), Event::HookNotBegun) => self.fail_then(|m| m.recover_below(i)),
             (State::Frozen, Event::PointTaken) => self.point_taken(),
             (State::Frozen, Event::PointFailed) => self.fail_then(Self::recover_last),
             (State::Releasing(i), Event::HookSucceeded) => self.release_below(i),
@@ -216,6 +219,7 @@ mod tests {
         Event::Begin,
         Event::HookSucceeded,
         Event::HookFailed,
+        Event::HookNotBegun,
         Event::PointTaken,
         Event::PointFailed,
         Event::Archived,
@@ -258,8 +262,17 @@ mod tests {
                 let Ok(action) = next.machine.take(event) else { continue };
                 at_step(before, event, next.machine.state());
                 next.cancels += usize::from(event == Event::Cancelled);
-                let failure =
-                    matches!(event, Event::HookFailed | Event::PointFailed | Event::ArchiveFailed | Event::Cancelled);
+                if event == Event::HookNotBegun {
+                    next.begun.pop();
+                }
+                let failure = matches!(
+                    event,
+                    Event::HookFailed
+                        | Event::HookNotBegun
+                        | Event::PointFailed
+                        | Event::ArchiveFailed
+                        | Event::Cancelled
+                );
                 next.any_failure |= failure && !matches!((before, event), (State::Recovering(_), Event::HookFailed));
                 match action {
                     Action::Prepare(i) => next.begun.push(i),

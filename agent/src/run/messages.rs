@@ -3,6 +3,8 @@
 //! The runner believes the daemon a run id, a service and a verb, and nothing more. Lines are bounded by
 //! [`LINE_BYTES_MAX`]; a longer one ends the conversation.
 
+use std::path::PathBuf;
+
 use hestner_proto::words::{ErrorClass, Phase};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -86,6 +88,8 @@ pub enum Work {
         job: Job,
         /// Folders that stand in for others while it is read.
         binds: Vec<Bind>,
+        /// Folders that must stay as they are even if a bind hides them.
+        keep: Vec<PathBuf>,
         /// The company's recovery key.
         recovery_recipient: String,
     },

@@ -12,6 +12,7 @@ use super::messages::Failure;
 use crate::freeze::{self, PointError, PointPlan};
 use crate::gate::{self, Refusal};
 use crate::platform::chain;
+use crate::platform::files;
 use crate::platform::mounts::Mounts;
 use crate::platform::trust::{self, Distrust};
 use crate::policy::{
@@ -23,6 +24,8 @@ use crate::source::{self, Paths};
 
 /// A grants file has a line a verb and service.
 const GRANTS_BYTES_MAX: u64 = 1024 * 1024;
+/// Programs that run a script which is given as an argument.
+const INTERPRETERS: &[&str] = &["sh", "bash", "dash", "python", "perl", "ruby", "node"];
 /// Mount points that were left out and are named.
 const MOUNTS_NAMED_MAX: usize = 20;
 
@@ -49,6 +52,14 @@ pub struct Host {
     pub server_id: i64,
     /// The company's recovery key.
     pub recovery_recipient: String,
+}
+
+impl Host {
+    /// Folders that hold what a run itself writes: state, cache and repositories.
+    pub fn own_folders(&self) -> Vec<PathBuf> {
+        let destinations = self.destinations.iter().map(|d| d.path.clone());
+        destinations.chain([self.state_dir.clone()]).collect()
+    }
 }
 
 /// What a run will do.
@@ -122,7 +133,7 @@ impl Plan {
         if let Some(policy) = &policy {
             gate::check_policy(policy, &host.destinations, &host.floor)?;
         }
-        check_programs(&settings, &host.repository.restic)?;
+        check_programs(&settings, host)?;
         let location = location(host, &settings, policy.as_ref())?;
         let mut plan = Self {
             point: PointPlan::Live,
@@ -146,13 +157,24 @@ impl Plan {
         let settings = &self.service.source;
         let missing = |e: source::SourceError| Failure::of(ErrorClass::SourceMissing, &e);
         self.paths = Some(Paths::look_at(&settings.paths).map_err(missing)?);
+        refuse_symlinks(&settings.paths)?;
         refuse_links(settings, &own_folders(host, &settings.paths))?;
         let point_failed = |e: PointError| Failure::of(ErrorClass::PointFailed, &e);
         self.point =
             PointPlan::of(&settings.paths, &settings.exclude, run_uid, &host.freeze).await.map_err(point_failed)?;
-        self.point.check_destination(&self.location.folder).map_err(point_failed)?;
-        self.consistency = self.point.consistency(!self.service.hooks.is_empty());
-        self.warnings = mounts_left_out(&settings.paths, settings.one_file_system || self.point != PointPlan::Live)?;
+        self.consistency = self.point.consistency(self.service.quiesces());
+        let below = mounts_below(settings)?;
+        if self.point != PointPlan::Live && !settings.one_file_system && !below.is_empty() {
+            let names = below.join(", ");
+            let message = format!(
+                "{names} is mounted below the source, and a snapshot does not cover it: list it under `paths` of another service, exclude it, or set `one_file_system`"
+            );
+            return Err(Failure::new(ErrorClass::PointFailed, message));
+        }
+        if settings.one_file_system {
+            self.warnings =
+                below.iter().map(|mount| format!("{mount} is another filesystem and is left out")).collect();
+        }
         self.input = Input::Files {
             paths: settings.paths.clone(),
             exclude: settings.exclude.iter().cloned().chain(own_folders(host, &settings.paths)).collect(),
@@ -242,15 +264,30 @@ fn location(host: &Host, settings: &ServiceSettings, policy: Option<&Policy>) ->
     Ok(Location::new(destination, mode, host.server_id, &host.state_dir, &host.repository))
 }
 
-/// Every program that a run starts as this user must be one that nobody else can change.
-fn check_programs(settings: &ServiceSettings, restic: &Path) -> Result<(), Failure> {
+/// Every program that a run starts as this user must be one that nobody else can change; so must a script
+/// that an interpreter is given.
+fn check_programs(settings: &ServiceSettings, host: &Host) -> Result<(), Failure> {
     let hooks = settings.hooks.iter().flat_map(|h| [&h.pre_freeze, &h.post_thaw, &h.freeze_failed]);
-    let programs = hooks.chain([&settings.source.argv]).filter_map(|argv| argv.first()).map(Path::new);
-    for program in programs.chain([restic]) {
+    let commands = hooks.chain([&settings.source.argv]);
+    let programs = commands.flat_map(|argv| argv.first().into_iter().chain(script(argv))).map(Path::new);
+    for program in programs.chain([&*host.repository.restic]) {
         trust::check(program)
             .map_err(|error| unsafe_permissions(&format!("the program {}", program.display()), &error))?;
     }
+    // btrfs is needed, and therefore looked at, only where it is there.
+    if host.freeze.btrfs.exists() {
+        let program = host.freeze.btrfs.display();
+        trust::check(&host.freeze.btrfs)
+            .map_err(|error| unsafe_permissions(&format!("the program {program}"), &error))?;
+    }
     Ok(())
+}
+
+/// The script in a command such as `/bin/sh /usr/local/bin/quiesce`.
+fn script(argv: &[String]) -> Option<&String> {
+    let program = Path::new(argv.first()?).file_name()?.to_str()?;
+    let interprets = INTERPRETERS.iter().any(|name| program.starts_with(name));
+    argv[1..].iter().find(|arg| !arg.starts_with('-')).filter(|arg| interprets && arg.starts_with('/'))
 }
 
 /// See [`source::unstorable_links`].
@@ -272,19 +309,28 @@ fn refuse_links(settings: &SourceSettings, own: &[String]) -> Result<(), Failure
 
 /// The agent's own files change while it works, and the repository would grow into itself.
 fn own_folders(host: &Host, paths: &[PathBuf]) -> Vec<String> {
-    let own = host.destinations.iter().map(|d| &d.path).chain([&host.state_dir]);
+    let own = host.own_folders().into_iter();
     let inside = own.filter(|folder| paths.iter().any(|path| folder.starts_with(path)));
     inside.map(|folder| folder.display().to_string()).collect()
 }
 
-fn mounts_left_out(paths: &[PathBuf], left_out: bool) -> Result<Vec<String>, Failure> {
-    if !left_out {
-        return Ok(Vec::new());
-    }
+/// Mount points below the source that are not excluded by name.
+fn mounts_below(settings: &SourceSettings) -> Result<Vec<String>, Failure> {
     let mounts = Mounts::read().map_err(|e| Failure::of(ErrorClass::PointFailed, &e))?;
-    let below = paths.iter().flat_map(|path| mounts.below(path));
-    Ok(below
-        .take(MOUNTS_NAMED_MAX)
-        .map(|mount| format!("{} is another filesystem and is left out", mount.point.display()))
-        .collect())
+    let below = settings.paths.iter().flat_map(|path| mounts.below(path)).map(|mount| &mount.point);
+    let excluded = |point: &Path| settings.exclude.iter().any(|pattern| point.starts_with(pattern));
+    Ok(below.filter(|point| !excluded(point)).take(MOUNTS_NAMED_MAX).map(|point| point.display().to_string()).collect())
+}
+
+/// The archiver stores a symlink as a link, so that a source behind one would be green and empty.
+fn refuse_symlinks(paths: &[PathBuf]) -> Result<(), Failure> {
+    for path in paths {
+        let real =
+            path.canonicalize().map_err(|e| Failure::of(ErrorClass::SourceMissing, &files::failed("find", path)(e)))?;
+        if real != *path {
+            let message = format!("the path {} leads over a symlink; write {}", path.display(), real.display());
+            return Err(Failure::new(ErrorClass::SettingsInvalid, message));
+        }
+    }
+    Ok(())
 }

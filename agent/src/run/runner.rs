@@ -4,6 +4,7 @@
 //! user, `SO_PEERCRED`), and reads settings, grants and policy itself. When the socket closes the run is
 //! cancelled: what was begun is released, and the run ends as `interrupted`.
 
+use std::collections::BTreeSet;
 use std::io;
 
 use hestner_proto::words::{ErrorClass, RunKind, RunStatus};
@@ -26,8 +27,8 @@ use crate::platform::clock::SharedClock;
 use crate::platform::files::{self, FileError, Lock};
 use crate::platform::{process, trust};
 use crate::report::RunRecord;
-use crate::repository::Repository;
 use crate::repository::retention::{self, Candidate};
+use crate::repository::{Repository, Snapshot};
 
 /// Room that the state folder must have for a run to begin: its notes and its result have to fit.
 const STATE_FREE_BYTES_MIN: u64 = 4 * 1024 * 1024;
@@ -75,10 +76,12 @@ async fn answer(
 ) {
     let last = match request {
         Request::Settle => {
-            if let Ok(host) = &host
-                && let Err(error) = settle::settle_all(host, None, true, &*clock).await
-            {
-                tracing::warn!(event = "not_settled", error = %error);
+            let settled = match &host {
+                Ok(host) => settle::settle_all(host, None, true, &*clock).await.map_err(|e| chain(&e)),
+                Err(failure) => Err(failure.message.clone()),
+            };
+            if let Err(error) = settled {
+                tracing::error!(event = "not_settled", error);
             }
             Event::Settled
         }
@@ -112,8 +115,9 @@ fn ended_early(run_uid: &str, service: &str, failure: Failure, clock: &SharedClo
     Finished { record, repository_key: None }
 }
 
-fn state_failure(error: &FileError) -> Failure {
-    Failure::of(if error.is_full() { ErrorClass::StateFull } else { ErrorClass::SettingsInvalid }, error)
+/// A failure of the agent's own files.
+pub(super) fn state_failure(error: &FileError) -> Failure {
+    Failure::of(if error.is_full() { ErrorClass::StateFull } else { ErrorClass::StateUnusable }, error)
 }
 
 struct Asked {
@@ -130,24 +134,29 @@ impl Asked {
         says: &mpsc::Sender<Event>,
         daemon: BufReader<OwnedReadHalf>,
     ) -> Finished {
-        let begun =
-            self.begin(host).and_then(|folder| Ok((folder.lock_alive().map_err(|e| state_failure(&e))?, folder)));
-        let (alive, folder) = match begun {
-            Ok((Some(alive), folder)) => (alive, folder),
-            Ok((None, _)) => {
-                return self.early(Failure::new(ErrorClass::Busy, "another process works on this run"), clock);
-            }
+        let (folder, alive) = match self.begin(host) {
+            Ok(begun) => begun,
             Err(failure) => return self.early(failure, clock),
         };
-        let left = self.run_in(host, &folder, &alive, clock, says, daemon).await;
-        self.leave(host, &folder, &alive, left).await
+        let mut left = match self.run_in(host, &folder, &alive, clock, says, daemon).await {
+            Ok(left) => left,
+            // Nothing was begun, so that only its result has to be kept.
+            Err(failure) => Left { finished: self.early(failure, clock), settled: true },
+        };
+        // After retention for the second time; the first one is what counts, and is never taken back.
+        let written = folder.write_result(&left.finished);
+        if let Err(error) = written.and_then(|()| if left.settled { folder.settle() } else { Ok(()) }) {
+            tracing::error!(event = "run_not_settled", error = %error);
+            left.finished.record.warnings.push(format!("{error}; what is left is done at the next start"));
+        }
+        left.finished
     }
 
     fn early(&self, failure: Failure, clock: &SharedClock) -> Finished {
         ended_early(&self.run_uid, &self.service, failure, clock)
     }
 
-    fn begin(&self, host: &Host) -> Result<RunFolder, Failure> {
+    fn begin(&self, host: &Host) -> Result<(RunFolder, Lock), Failure> {
         if uuid::Uuid::parse_str(&self.run_uid).is_err() {
             return Err(Failure::new(ErrorClass::Refused, "the run id is not a UUID"));
         }
@@ -159,8 +168,8 @@ impl Asked {
             );
             return Err(Failure::new(ErrorClass::StateFull, message));
         }
-        let folder = Ledger::of(&host.state_dir).begin(&self.run_uid).map_err(|e| state_failure(&e))?;
-        folder.ok_or_else(|| Failure::new(ErrorClass::Refused, "this run was begun before"))
+        let begun = Ledger::of(&host.state_dir).begin(&self.run_uid).map_err(|e| state_failure(&e))?;
+        begun.ok_or_else(|| Failure::new(ErrorClass::Refused, "this run was begun before"))
     }
 
     /// Plans and runs. Only what has a plan can have left anything behind.
@@ -172,33 +181,35 @@ impl Asked {
         clock: &SharedClock,
         says: &mpsc::Sender<Event>,
         daemon: BufReader<OwnedReadHalf>,
-    ) -> Left {
-        let unbegun = |failure| Left { finished: self.early(failure, clock), settled: true };
-        let plan = match Plan::make(host, &self.service, &self.verb, &self.run_uid).await {
-            Ok(plan) => plan,
-            Err(failure) => return unbegun(failure),
-        };
+    ) -> Result<Left, Failure> {
+        let plan = Plan::make(host, &self.service, &self.verb, &self.run_uid).await?;
         // Held until the run is over.
-        let _service = match Ledger::of(&host.state_dir).lock_service(&self.service) {
-            Ok(Some(lock)) => lock,
-            Ok(None) => {
-                return unbegun(Failure::new(
-                    ErrorClass::Busy,
-                    format!("another run of service `{}` goes on", self.service),
-                ));
-            }
-            Err(error) => return unbegun(state_failure(&error)),
-        };
-        if let Err(error) = settle::settle_all(host, Some(&self.run_uid), false, &**clock).await {
-            return unbegun(state_failure(&error));
-        }
-        if let Err(error) = folder.write_note(&plan.note()) {
-            return unbegun(state_failure(&error));
-        }
+        let service = Ledger::of(&host.state_dir).lock_service(&self.service).map_err(|e| state_failure(&e))?;
+        let busy = || Failure::new(ErrorClass::Busy, format!("another run of service `{}` goes on", self.service));
+        let _service = service.ok_or_else(busy)?;
+        settle::settle_all(host, Some(&self.run_uid), false, &**clock).await.map_err(|e| state_failure(&e))?;
+        folder.write_note(&plan.note()).map_err(|e| state_failure(&e))?;
         let record = self.record(&plan, clock);
         let driver = Driver::new((host, &plan), (folder, alive), SharedClock::clone(clock), says.clone(), record);
         let left = driver.run(reason_to_cancel(daemon, host)).await;
-        self.retain(host, &plan, folder, alive, left).await
+        let left = self.commit(&plan, folder, alive, left).await;
+        Ok(self.retain(host, &plan, alive, left).await)
+    }
+
+    /// Writes the result, which is the moment a success counts.
+    async fn commit(&self, plan: &Plan, folder: &RunFolder, alive: &Lock, mut left: Left) -> Left {
+        if let Err(error) = folder.write_result(&left.finished) {
+            let failure = state_failure(&error);
+            tracing::error!(event = "result_not_written", error = failure.message);
+            let record = &mut left.finished.record;
+            if record.snapshot_id().is_some() {
+                // A success that is not on disk would be forgotten by recovery: it is none.
+                let now = record.finished_at_ms;
+                record.fail(failure.class, failure.message, now);
+                left.settled &= settle::forget(&plan.location, &self.run_uid, alive).await;
+            }
+        }
+        left
     }
 
     fn record(&self, plan: &Plan, clock: &SharedClock) -> RunRecord {
@@ -219,24 +230,18 @@ impl Asked {
         record
     }
 
-    /// Removes what retention no longer keeps, after the result of a good run is on disk.
-    async fn retain(&self, host: &Host, plan: &Plan, folder: &RunFolder, alive: &Lock, mut left: Left) -> Left {
-        let Some(rules) = plan.retention().filter(|_| left.finished.record.snapshot_id().is_some()) else {
-            return left;
-        };
-        if let Err(error) = folder.write_result(&left.finished) {
-            left.finished.record.fail(state_failure(&error).class, chain(&error), left.finished.record.finished_at_ms);
-            left.settled = false;
-            return left;
-        }
+    /// Removes what retention no longer keeps, after the result of a good run is on disk. Whatever becomes
+    /// of it, the run stays good.
+    async fn retain(&self, host: &Host, plan: &Plan, alive: &Lock, mut left: Left) -> Left {
+        let record = &mut left.finished.record;
+        let Some(rules) = plan.retention().filter(|_| record.snapshot_id().is_some()) else { return left };
         match self.expire(host, plan, rules, alive).await {
             Ok(Expired { runs, repository_bytes, warning }) => {
-                left.finished.record.expired_runs = runs;
-                left.finished.record.warnings.extend(warning);
-                left.finished.record.repository_bytes =
-                    repository_bytes.unwrap_or(left.finished.record.repository_bytes);
+                record.expired_runs = runs;
+                record.warnings.extend(warning);
+                record.repository_bytes = repository_bytes.unwrap_or(record.repository_bytes);
             }
-            Err(failure) => left.finished.record.warnings.push(format!("retention: {}", failure.message)),
+            Err(failure) => record.warnings.push(format!("retention: {}", failure.message)),
         }
         left
     }
@@ -248,18 +253,8 @@ impl Asked {
         rules: retention::Rules,
         alive: &Lock,
     ) -> Result<Expired, Failure> {
-        let listed = Repository::at(plan.location.clone()).snapshots().await.map_err(|e| Failure::of(e.class(), &e))?;
         let ledger = Ledger::of(&host.state_dir);
-        let is_good = |run_uid: &str| {
-            ledger.run(run_uid).result().ok().flatten().is_some_and(|f| f.record.snapshot_id().is_some())
-        };
-        let candidates: Vec<Candidate> = listed
-            .into_iter()
-            .filter(|s| s.service == self.service && is_good(&s.run_uid))
-            .map(|s| Candidate { snapshot_id: s.id, run_uid: s.run_uid, time: s.time })
-            .collect();
-        let newest = candidates.iter().map(|c| c.time).max().unwrap_or_default();
-        let gone = retention::expired(candidates, rules, newest);
+        let gone = self.past_retention(&ledger, plan, rules).await?;
         if gone.is_empty() {
             return Ok(Expired::default());
         }
@@ -270,30 +265,40 @@ impl Asked {
         }
         let work = Work::Expire { snapshot_ids: gone.iter().map(|c| c.snapshot_id.clone()).collect() };
         let worker = Worker::start(plan.location.clone(), work, alive, None).await?;
-        let end = worker.finish(&CancellationToken::new(), None, |_| {}).await?;
-        let repository_bytes =
-            if let WorkerEvent::Removed { repository_bytes } = end { Some(repository_bytes) } else { None };
-        Ok(Expired { runs: gone.into_iter().map(|c| c.run_uid).collect(), repository_bytes, warning: None })
+        let ended = worker.finish(&CancellationToken::new(), None, |_| {}).await;
+        let mut expired = Expired::default();
+        match ended {
+            Ok(WorkerEvent::Removed { repository_bytes }) => expired.repository_bytes = Some(repository_bytes),
+            Ok(_) => expired.warning = Some("retention: the worker ended with another result".to_owned()),
+            // Artifacts may be gone although their data could not be removed: look.
+            Err(failure) => expired.warning = Some(format!("retention: {}", failure.message)),
+        }
+        let left: BTreeSet<String> = list(plan).await?.into_iter().map(|s| s.id).collect();
+        for candidate in gone.into_iter().filter(|c| !left.contains(&c.snapshot_id)) {
+            ledger.run(&candidate.run_uid).mark_expired().map_err(|e| state_failure(&e))?;
+            expired.runs.push(candidate.run_uid);
+        }
+        Ok(expired)
     }
 
-    /// Writes the result, which is the moment the run counts, and says whether anything is left to do.
-    async fn leave(&self, host: &Host, folder: &RunFolder, alive: &Lock, left: Left) -> Finished {
-        let Left { mut finished, settled } = left;
-        let written = folder.write_result(&finished).and_then(|()| if settled { folder.settle() } else { Ok(()) });
-        if let Err(error) = written {
-            tracing::error!(event = "result_not_written", error = %error);
-            if finished.record.snapshot_id().is_some() {
-                // A success that is not on disk would be forgotten by recovery: it is none.
-                let now = finished.record.finished_at_ms;
-                finished.record.fail(state_failure(&error).class, chain(&error), now);
-                if let Ok(Some(note)) = folder.note() {
-                    settle::forget(&note.location, &self.run_uid, alive).await;
-                }
-                tracing::error!(event = "run_not_kept", state_dir = %host.state_dir.display());
-            }
-        }
-        finished
+    /// Ages count from the newest artifact, not from the clock: one that jumps ahead ends nothing by itself.
+    async fn past_retention(
+        &self,
+        ledger: &Ledger,
+        plan: &Plan,
+        rules: retention::Rules,
+    ) -> Result<Vec<Candidate>, Failure> {
+        let ours = list(plan).await?.into_iter().filter(|s| s.service == self.service);
+        let good = ours.filter(|s| ledger.run(&s.run_uid).offers_artifact());
+        let candidates: Vec<Candidate> =
+            good.map(|s| Candidate { snapshot_id: s.id, run_uid: s.run_uid, time: s.time }).collect();
+        let newest = candidates.iter().map(|c| c.time).max().unwrap_or_default();
+        Ok(retention::expired(candidates, rules, newest))
     }
+}
+
+async fn list(plan: &Plan) -> Result<Vec<Snapshot>, Failure> {
+    Repository::at(plan.location.clone()).snapshots().await.map_err(|e| Failure::of(e.class(), &e))
 }
 
 #[derive(Default)]

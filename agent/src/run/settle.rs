@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::archive::Worker;
 use super::hook::{self, Spec};
-use super::ledger::{HookNote, Ledger, Note, RunFolder};
+use super::ledger::{Ledger, Note, RunFolder};
 use super::messages::{Finished, Work, WorkerEvent};
 use super::plan::Host;
 use crate::freeze;
@@ -66,10 +66,15 @@ async fn settle(
 ) -> Result<bool, FileError> {
     let note = folder.note()?;
     let result = folder.result()?;
+    let mut troubles = Vec::new();
     let mut clean = true;
     if let Some(note) = &note {
         for (i, hook) in note.hooks.iter().enumerate().rev().filter(|(i, _)| folder.owes_release(*i)) {
-            release(run_uid, &note.service, i, hook, folder, alive).await?;
+            let argv = &hook.release;
+            let spec = hook.spec(argv, run_uid, &note.service);
+            let released = if argv.is_empty() { Ok(()) } else { release(&spec, alive).await };
+            clean &= note_release(folder, i, &released);
+            troubles.extend(released.err().map(|trouble| format!("release of hook `{}`: {}", hook.name, trouble.what)));
         }
         clean &= freeze::remove_snapshots(&note.snapshots, &host.freeze).await.is_ok();
     }
@@ -77,8 +82,13 @@ async fn settle(
     if let Some(note) = note.as_ref().filter(|_| !is_success) {
         clean &= forget(&note.location, run_uid, alive).await;
     }
+    for trouble in &troubles {
+        tracing::error!(event = "owed_release_failed", run_id = run_uid, error = trouble);
+    }
     if result.is_none() {
-        folder.write_result(&interrupted(run_uid, note.as_ref(), clock))?;
+        let mut finished = interrupted(run_uid, note.as_ref(), clock);
+        finished.record.warnings = troubles;
+        folder.write_result(&finished)?;
     }
     if clean {
         folder.settle()?;
@@ -86,41 +96,29 @@ async fn settle(
     Ok(clean)
 }
 
-async fn release(
-    run_uid: &str,
-    service: &str,
-    i: usize,
-    hook: &HookNote,
-    folder: &RunFolder,
-    alive: &Lock,
-) -> Result<(), FileError> {
-    // Claimed already or not: whoever claimed it died before its end, and at least once is the promise then.
-    folder.claim_release(i)?;
-    if !hook.release.is_empty() {
-        let spec = Spec {
-            argv: hook.release.clone(),
-            user: hook.user.clone(),
-            timeout_ms: hook.timeout_seconds * 1000,
-            output_bytes_max: hook.output_bytes_max,
-            environment: [("RUN_UID", run_uid), ("SERVICE", service), ("HOOK", &hook.name)]
-                .map(|(name, value)| (format!("HESTNER_{name}"), value.to_owned()))
-                .to_vec(),
-            stdout_fd: None,
-        };
-        match hook::run(&spec, &CancellationToken::new(), &[&**alive]).await {
-            Ok(ended) if ended.is_success() => {}
-            Ok(ended) => tracing::error!(
-                event = "owed_release_failed",
-                run_id = run_uid,
-                hook = hook.name,
-                error = ended.description()
-            ),
-            Err(error) => {
-                tracing::error!(event = "owed_release_failed", run_id = run_uid, hook = hook.name, error = %error)
-            }
-        }
+/// A release that did not end well.
+struct Trouble {
+    what: String,
+    /// Whether its command ran: then it is not owed any more.
+    ran: bool,
+}
+
+/// Claimed before or not: whoever claimed it died before its end, and at least once is the promise then.
+async fn release(spec: &Spec, alive: &Lock) -> Result<(), Trouble> {
+    match hook::run(spec, &CancellationToken::new(), &[&**alive], &[]).await {
+        Ok(ended) if ended.is_success() => Ok(()),
+        Ok(ended) => Err(Trouble { ran: ended.was_started(), what: ended.description() }),
+        Err(error) => Err(Trouble { ran: false, what: error.to_string() }),
     }
-    folder.release_ended(i).map(drop)
+}
+
+/// False: the release is owed as before.
+fn note_release(folder: &RunFolder, hook: usize, released: &Result<(), Trouble>) -> bool {
+    if released.as_ref().is_err_and(|trouble| !trouble.ran) {
+        return false;
+    }
+    // A full disk must not keep the other hooks from being released.
+    folder.claim_release(hook).and_then(|_| folder.release_ended(hook)).is_ok()
 }
 
 /// The result of a run that has none.

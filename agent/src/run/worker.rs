@@ -5,9 +5,10 @@
 //! closing its input. For a stream it holds the write end until the runner says that the producer ended
 //! well: whoever is killed first, the archiver is never shown the end of a stream that was cut off.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::path::Path;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use hestner_proto::words::{ErrorClass, Phase};
@@ -46,12 +47,9 @@ pub async fn run(stream: Option<StreamEnds>) -> io::Result<()> {
     let task: WorkerTask = receive(&mut input).await.ok_or(io::ErrorKind::UnexpectedEof)?;
     let repository = Repository::at(task.location);
     let last = match task.work {
-        Work::Store { job, binds, recovery_recipient } => {
-            let store = Store { repository, job, recovery_recipient };
-            match enter_view(&binds) {
-                Ok(()) => store.run(input, &mut output, stream).await?,
-                Err(error) => WorkerEvent::Failed(Failure::of(ErrorClass::PointFailed, &error)),
-            }
+        Work::Store { job, binds, keep, recovery_recipient } => {
+            let store = Store { repository, job, binds, keep, recovery_recipient };
+            store.run(input, &mut output, stream).await?
         }
         Work::Forget { run_uid } => removed(&repository, repository.forget_run(&run_uid).await),
         Work::Expire { snapshot_ids } => removed(&repository, repository.expire(&snapshot_ids).await),
@@ -67,15 +65,22 @@ fn removed(repository: &Repository, result: Result<(), RepositoryError>) -> Work
 }
 
 /// Shows snapshots in the place of the originals, to this process and its children only: the view ends
-/// with them, so that nothing can stay mounted.
-fn enter_view(binds: &[Bind]) -> io::Result<()> {
+/// with them, so that nothing can stay mounted. What must stay as it is (the repository, our own state) is
+/// laid over it again.
+fn enter_view(binds: &[Bind], keep: &[PathBuf]) -> io::Result<()> {
     if binds.is_empty() {
         return Ok(());
     }
     unshare(CloneFlags::CLONE_NEWNS)?;
     mount(None::<&Path>, "/", None::<&Path>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&Path>)?;
+    let hidden = keep.iter().filter(|path| binds.iter().any(|bind| path.starts_with(&bind.to)));
+    let kept: Vec<(&PathBuf, File)> = hidden.map(|path| Ok((path, File::open(path)?))).collect::<io::Result<_>>()?;
     for Bind { from, to } in binds {
         mount(Some(from), to, None::<&Path>, MsFlags::MS_BIND, None::<&Path>)?;
+    }
+    for (path, folder) in &kept {
+        let open = format!("/proc/self/fd/{}", folder.as_raw_fd());
+        mount(Some(open.as_str()), *path, None::<&Path>, MsFlags::MS_BIND, None::<&Path>)?;
     }
     Ok(())
 }
@@ -83,6 +88,8 @@ fn enter_view(binds: &[Bind]) -> io::Result<()> {
 struct Store {
     repository: Repository,
     job: Job,
+    binds: Vec<Bind>,
+    keep: Vec<PathBuf>,
     recovery_recipient: String,
 }
 
@@ -111,7 +118,7 @@ impl Store {
                     while let Ok(event) = waiting.try_recv() {
                         send(output, &event).await?;
                     }
-                    return Ok(last.unwrap_or_else(|error| WorkerEvent::Failed(failure(&error))));
+                    return Ok(last.unwrap_or_else(WorkerEvent::Failed));
                 }
             }
         }
@@ -122,15 +129,27 @@ impl Store {
         stream: Option<OwnedFd>,
         cancelled: impl Future<Output = ()>,
         events: mpsc::Sender<WorkerEvent>,
-    ) -> Result<WorkerEvent, RepositoryError> {
-        let key = self.repository.open_or_make(&self.recovery_recipient).await?;
+    ) -> Result<WorkerEvent, Failure> {
+        let key = self.repository.open_or_make(&self.recovery_recipient).await.map_err(|e| failure(&e))?;
+        enter_view(&self.binds, &self.keep).map_err(|e| Failure::of(ErrorClass::PointFailed, &e))?;
         // A receiver that is gone is noticed by whoever writes to it.
         let _ = events.send(WorkerEvent::Opened(key)).await;
+        self.store(stream, cancelled, events).await.map_err(|e| failure(&e))
+    }
+
+    async fn store(
+        &self,
+        stream: Option<OwnedFd>,
+        cancelled: impl Future<Output = ()>,
+        events: mpsc::Sender<WorkerEvent>,
+    ) -> Result<WorkerEvent, RepositoryError> {
         let before = self.repository.contents()?;
         let mut say = Throttle { events: events.clone(), next: Instant::now() };
         let mut stored = self.repository.store(&self.job, stream, cancelled, |progress| say.progress(progress)).await?;
         let _ = events.send(WorkerEvent::Progress { phase: Phase::Verify, progress: Progress::default() }).await;
-        match self.repository.read_back(&before) {
+        let repository = self.repository.clone();
+        let reading = tokio::task::spawn_blocking(move || repository.read_back(&before)).await;
+        match reading.unwrap_or_else(|_| Err(RepositoryError::Surprise("reading back broke off".to_owned()))) {
             // What is on the disk now, and not what the archiver says it added before compression.
             Ok(bytes) => stored.bytes_stored = bytes,
             Err(error) => {
