@@ -11,12 +11,13 @@ use std::time::Duration;
 
 use nix::sys::socket::{getsockopt, sockopt};
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::BufReader;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 
 use crate::lifecycle::{Drain, Tasks};
 use crate::platform::files::{self, FileError};
+use crate::platform::lines;
 use crate::platform::trust;
 use crate::report::RunRecord;
 use crate::status::Status;
@@ -203,10 +204,10 @@ async fn serve(stream: UnixStream, calls: mpsc::Sender<Call>) -> io::Result<()> 
             message: format!("user {} may not talk to the agent", peer.uid()),
             next_step: "run the command as root".to_owned(),
         };
-        return send(&mut write, &refused).await;
+        return lines::send(&mut write, &refused).await;
     }
-    let request = match tokio::time::timeout(REQUEST_TIMEOUT, receive(&mut read)).await {
-        Ok(request) => request?,
+    let request = match tokio::time::timeout(REQUEST_TIMEOUT, lines::receive(&mut read, LINE_BYTES_MAX)).await {
+        Ok(request) => request?.ok_or(io::ErrorKind::UnexpectedEof)?,
         Err(_) => return Err(io::ErrorKind::TimedOut.into()),
     };
     let (answers, mut waiting) = mpsc::channel(ANSWERS_WAITING);
@@ -214,7 +215,7 @@ async fn serve(stream: UnixStream, calls: mpsc::Sender<Call>) -> io::Result<()> 
         return Ok(());
     }
     while let Some(answer) = waiting.recv().await {
-        send(&mut write, &answer).await?;
+        lines::send(&mut write, &answer).await?;
     }
     Ok(())
 }
@@ -234,7 +235,7 @@ pub struct Conversation {
 pub async fn ask(path: &Path, request: &Request) -> Result<Conversation, ControlError> {
     let unreachable = |source| ControlError::Unreachable { path: path.to_owned(), source };
     let (read, mut write) = UnixStream::connect(path).await.map_err(unreachable)?.into_split();
-    send(&mut write, request).await.map_err(unreachable)?;
+    lines::send(&mut write, request).await.map_err(unreachable)?;
     Ok(Conversation { read: BufReader::new(read), _write: write })
 }
 
@@ -244,27 +245,8 @@ impl Conversation {
     /// # Errors
     /// [`ControlError::Broken`].
     pub async fn next(&mut self) -> Result<Option<Answer>, ControlError> {
-        match receive(&mut self.read).await {
-            Ok(answer) => Ok(Some(answer)),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
-            Err(_) => Err(ControlError::Broken),
-        }
+        lines::receive(&mut self.read, LINE_BYTES_MAX).await.map_err(|_| ControlError::Broken)
     }
-}
-
-async fn receive<T: for<'de> Deserialize<'de>>(read: &mut (impl tokio::io::AsyncBufRead + Unpin)) -> io::Result<T> {
-    let mut line = Vec::new();
-    read.take(LINE_BYTES_MAX).read_until(b'\n', &mut line).await?;
-    if line.is_empty() {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
-    Ok(serde_json::from_slice(&line)?)
-}
-
-async fn send<T: Serialize>(write: &mut (impl tokio::io::AsyncWrite + Unpin), message: &T) -> io::Result<()> {
-    let mut line = serde_json::to_vec(message)?;
-    line.push(b'\n');
-    write.write_all(&line).await
 }
 
 #[cfg(test)]

@@ -32,13 +32,6 @@ impl Default for Settings {
     }
 }
 
-/// One look at the host.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Sample {
-    /// As the session sends it; the session fills in what only it knows.
-    pub heartbeat: v1::Heartbeat,
-}
-
 /// Looks at the host.
 struct Probe {
     system: System,
@@ -135,8 +128,8 @@ pub struct Heart {
     pub settings: Settings,
     /// The clock.
     pub clock: SharedClock,
-    /// Where the latest sample is seen.
-    pub latest: watch::Sender<Sample>,
+    /// Where the latest look is seen; the session fills in what only it knows.
+    pub latest: watch::Sender<v1::Heartbeat>,
     /// Where the usage of each hour goes.
     pub usage: mpsc::Sender<Usage>,
 }
@@ -172,7 +165,7 @@ impl Heart {
             // The other end is gone only when the daemon stops.
             let _ = self.usage.send(usage).await;
         }
-        self.latest.send_replace(Sample { heartbeat });
+        self.latest.send_replace(heartbeat);
     }
 }
 

@@ -25,7 +25,9 @@ use hestner_proto::words::{RunKind, Verb};
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::control::{self, ControlError};
-use crate::heartbeat::{Heart, Sample};
+use hestner_proto::v1;
+
+use crate::heartbeat::Heart;
 use crate::identity::{IdentityError, Keeper};
 use crate::inventory::Inventory;
 use crate::lifecycle::{Drain, Tasks};
@@ -116,7 +118,7 @@ impl Bound {
     pub async fn run(self) -> Result<(), crate::lifecycle::Unclean> {
         let tasks = Tasks::default();
         let drain = tasks.drain();
-        let (heartbeat_tx, heartbeat) = watch::channel(Sample::default());
+        let (heartbeat_tx, heartbeat) = watch::channel(v1::Heartbeat::default());
         let (inventory_tx, inventory) = watch::channel(None);
         let (progress_tx, progress) = watch::channel(None);
         let (active_tx, runs_active) = watch::channel(0);

@@ -8,6 +8,7 @@ pub mod backoff;
 pub mod clock;
 pub mod command;
 pub mod files;
+pub mod lines;
 pub mod mounts;
 pub mod process;
 pub mod trust;

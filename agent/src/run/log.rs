@@ -72,7 +72,8 @@ fn value_behind(rest: &str, loose: bool) -> Option<(usize, usize)> {
     let after = trimmed.trim_start_matches([' ', ':', '=']);
     let value = after.trim_start_matches(['"', '\'']);
     let between = &trimmed[..trimmed.len() - after.len()];
-    if !between.contains([':', '=']) && !(loose && !between.is_empty()) || value.is_empty() {
+    let separated = between.contains([':', '=']) || (loose && !between.is_empty());
+    if !separated || value.is_empty() {
         return None;
     }
     // "Authorization: Basic abc" and "Bearer abc": the scheme is not the secret, what follows is.

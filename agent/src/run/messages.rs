@@ -8,11 +8,13 @@ use std::path::PathBuf;
 use hestner_proto::words::{ErrorClass, Phase};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncBufRead, AsyncBufReadExt as _, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::io::AsyncBufRead;
 
 use crate::escrow::RepositoryKey;
 use crate::freeze::Bind;
 use crate::platform::chain;
+use crate::platform::lines;
+pub use crate::platform::lines::send;
 use crate::report::RunRecord;
 use crate::repository::{Job, Location, Progress, Stored};
 
@@ -169,23 +171,7 @@ impl Failure {
     }
 }
 
-/// Reads one line. `None`: the other side is gone, or said what is no message.
+/// Reads one message. `None`: the other side is gone, or said what is no message.
 pub async fn receive<T: DeserializeOwned>(reader: &mut (impl AsyncBufRead + Unpin)) -> Option<T> {
-    let mut line = Vec::new();
-    let read = reader.take(LINE_BYTES_MAX).read_until(b'\n', &mut line).await;
-    match read {
-        Ok(_) if line.ends_with(b"\n") => serde_json::from_slice(&line).ok(),
-        _ => None,
-    }
-}
-
-/// Writes one line.
-///
-/// # Errors
-/// When the other side is gone.
-pub async fn send<T: Serialize>(writer: &mut (impl AsyncWrite + Unpin), message: &T) -> std::io::Result<()> {
-    let mut line = serde_json::to_vec(message)?;
-    line.push(b'\n');
-    writer.write_all(&line).await?;
-    writer.flush().await
+    lines::receive(reader, LINE_BYTES_MAX).await.ok().flatten()
 }

@@ -17,7 +17,6 @@ use tokio::sync::{Notify, mpsc, watch};
 use toml_example::TomlExample;
 use tonic::transport::Endpoint;
 
-use crate::heartbeat::Sample;
 use crate::identity::{Identity, IdentityError, Keeper};
 use crate::lifecycle::Drain;
 use crate::platform::backoff::{Backoff, random_u64};
@@ -125,7 +124,7 @@ pub struct Session {
     /// Rung when the outbox has grown.
     pub outbox_grew: Arc<Notify>,
     /// The latest heartbeat.
-    pub heartbeat: watch::Receiver<Sample>,
+    pub heartbeat: watch::Receiver<v1::Heartbeat>,
     /// The latest inventory.
     pub inventory: watch::Receiver<Option<Arc<v1::Inventory>>>,
     /// Progress of runs, of the moment.

@@ -191,7 +191,7 @@ impl<'a> Stream<'a> {
     }
 
     async fn send_heartbeat(&mut self) -> Result<(), SessionError> {
-        let mut heartbeat = self.session.heartbeat.borrow().heartbeat;
+        let mut heartbeat = *self.session.heartbeat.borrow();
         heartbeat.now_ms = self.session.clock.now_ms();
         heartbeat.runs_active = u32::try_from(*self.session.runs_active.borrow()).unwrap_or(u32::MAX);
         heartbeat.outbox_reports = self.session.store.waiting().await?;
