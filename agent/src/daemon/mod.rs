@@ -21,12 +21,11 @@ pub mod settings;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use hestner_proto::v1;
 use hestner_proto::words::{RunKind, Verb};
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::control::{self, ControlError};
-use hestner_proto::v1;
-
 use crate::heartbeat::Heart;
 use crate::identity::{IdentityError, Keeper};
 use crate::inventory::Inventory;

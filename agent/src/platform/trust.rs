@@ -141,18 +141,18 @@ mod tests {
     fn link_in_the_middle_that_others_can_change_is_not_believed() {
         let base = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let at = |name: &str| base.path().join(name);
-        for folder in ["release", "shared", "app"] {
+        for folder in ["release", "open", "app"] {
             std::fs::create_dir(at(folder)).unwrap();
         }
         std::fs::File::create(at("release/hook")).unwrap();
-        // app/entry -> shared/current -> release: only the folder of the middle link is open to others.
-        std::os::unix::fs::symlink(at("release"), at("shared/current")).unwrap();
-        std::os::unix::fs::symlink("../shared/current", at("app/entry")).unwrap();
+        // app/entry -> open/current -> release: only the folder of the middle link is open to others.
+        std::os::unix::fs::symlink(at("release"), at("open/current")).unwrap();
+        std::os::unix::fs::symlink("../open/current", at("app/entry")).unwrap();
         let path = at("app/entry/hook");
         check(&path).unwrap();
-        std::fs::set_permissions(at("shared"), std::fs::Permissions::from_mode(0o777)).unwrap();
+        std::fs::set_permissions(at("open"), std::fs::Permissions::from_mode(0o777)).unwrap();
         let error = check(&path).unwrap_err();
-        assert!(matches!(&error, Distrust::Writable { path, .. } if path.ends_with("shared")), "{error}");
+        assert!(matches!(&error, Distrust::Writable { path, .. } if path.ends_with("open")), "{error}");
     }
 
     #[test]
