@@ -1,6 +1,6 @@
 //! Everything that the centre may ask of this host, in one exhaustive match.
 //!
-//! A security reviewer reads [`Dispatcher::act`] to know what a hostile centre can do: ask for a run of a
+//! A security reviewer reads `Dispatcher::act` to know what a hostile centre can do: ask for a run of a
 //! service by name and verb, which the runner's gate then allows or refuses, and offer a policy, which is
 //! kept only if the host's own settings allow all of it. A directive is written down before it is acted
 //! upon, is done once however often it is delivered, and is refused when it has expired.

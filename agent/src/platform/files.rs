@@ -82,7 +82,7 @@ pub fn rename(from: &Path, to: &Path) -> Result<(), FileError> {
 /// Returns false, and writes nothing, if it exists.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn create_new(path: &Path, bytes: &[u8]) -> Result<bool, FileError> {
     let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
     let mut file = match made {

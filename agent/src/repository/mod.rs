@@ -1,7 +1,7 @@
 //! Where artifacts are kept: one repository in restic's format per server, destination and encryption mode.
 //!
 //! The face is [`Repository`]: open or make, store, list, forget, read back, restore. Behind it stands
-//! stock restic today ([`restic`]); nobody outside this module knows its words. What goes in is a [`Job`],
+//! stock restic today (`restic`); nobody outside this module knows its words. What goes in is a [`Job`],
 //! what comes out a [`Stored`] or a [`RepositoryError`] with a stable class; progress goes to a callback.
 //!
 //! Who may run beside whom (restic's lock files hold them apart across machines and tools; the service
@@ -379,9 +379,21 @@ impl Repository {
             return if known { Err(RepositoryError::Gone(self.location.path())) } else { Ok(()) };
         }
         locks::clear_stale(&self.engine, &self.location.path()).await?;
-        let all = self.snapshots().await?;
-        let ids: Vec<String> = all.into_iter().filter(|s| s.run_uid == run_uid).map(|s| s.id).collect();
-        self.engine.forget(&ids, restic::Prune::No).await
+        let of_run =
+            |all: Vec<Snapshot>| all.into_iter().filter(|s| s.run_uid == run_uid).map(|s| s.id).collect::<Vec<_>>();
+        let ids = of_run(self.snapshots().await?);
+        if ids.is_empty() {
+            return Ok(());
+        }
+        self.engine.forget(&ids, restic::Prune::No).await?;
+        // Nothing partial may stay, so that the word of another program is not enough.
+        match of_run(self.snapshots().await?).is_empty() {
+            true => Ok(()),
+            false => Err(RepositoryError::Surprise(format!(
+                "restic said that it removed {}, and it is still there",
+                ids.join(", ")
+            ))),
+        }
     }
 
     /// Removes snapshots that retention no longer keeps, and the data that only they used.

@@ -153,7 +153,7 @@ impl Ledger {
         Ok(uids)
     }
 
-    /// Removes the notes of old runs that hold no artifact: all but the newest [`FOLDERS_KEPT`].
+    /// Removes the notes of old runs that hold no artifact: all but the newest `FOLDERS_KEPT`.
     ///
     /// # Errors
     /// When a folder cannot be listed or removed.

@@ -5,7 +5,7 @@
 //! in order. A change of a run and the report of it are one transaction, so that neither is ever without
 //! the other.
 //!
-//! Format: `PRAGMA user_version` counts [`MIGRATIONS`]. Limits: [`OUTBOX_REPORTS_MAX`] reports. Recovery:
+//! Format: `PRAGMA user_version` counts `MIGRATIONS`. Limits: [`OUTBOX_REPORTS_MAX`] reports. Recovery:
 //! SQLite's own; a file that fails `quick_check` is not used and has to be moved away by a person, because
 //! it may hold reports that nobody else has.
 
