@@ -165,8 +165,9 @@ CREATE TABLE snapshot_runs (
     UNIQUE (server_id, run_uid)
 ) STRICT;
 CREATE INDEX runs_of_server ON snapshot_runs (server_id, id);
+CREATE INDEX runs_by_status ON snapshot_runs (status);
 
--- What a repository holds after the newest success that wrote to it.
+-- What a repository holds after the newest success that wrote to it; `as_of_ms` is the receiver's clock.
 CREATE TABLE repositories (
     server_id INTEGER NOT NULL REFERENCES servers (id),
     repository_id TEXT NOT NULL,
@@ -182,6 +183,8 @@ CREATE TABLE cost_ledger (
     server_id INTEGER NOT NULL REFERENCES servers (id),
     ref_date TEXT NOT NULL,
     amount TEXT NOT NULL,
+    -- ISO 4217. Amounts of different currencies are never added up.
+    currency TEXT NOT NULL,
     source TEXT NOT NULL,
     run_uid TEXT,
     metadata_json TEXT NOT NULL,
@@ -230,6 +233,18 @@ CREATE TABLE reports (
     PRIMARY KEY (server_id, epoch, seq)
 ) STRICT, WITHOUT ROWID;
 
+-- Reports with a good number and hash that this receiver could not read: kept as they came, for a newer one.
+CREATE TABLE unreadable_reports (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    server_id INTEGER NOT NULL REFERENCES servers (id),
+    epoch TEXT NOT NULL,
+    seq INTEGER NOT NULL,
+    why TEXT NOT NULL,
+    body BLOB NOT NULL,
+    received_at_ms INTEGER NOT NULL
+) STRICT;
+CREATE INDEX unreadable_of_server ON unreadable_reports (server_id, id);
+
 CREATE TABLE report_epochs (
     server_id INTEGER NOT NULL REFERENCES servers (id),
     epoch TEXT NOT NULL,
@@ -268,6 +283,13 @@ CREATE TABLE idempotency_keys (
     created_at_ms INTEGER NOT NULL,
     PRIMARY KEY (server_id, key)
 ) STRICT, WITHOUT ROWID;
+
+-- Written by each check of health, so that a disk that is full is seen: a commit of nothing writes nothing.
+CREATE TABLE worker_pulse (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    at_ms INTEGER NOT NULL
+) STRICT;
+INSERT INTO worker_pulse (id, at_ms) VALUES (1, 0);
 
 -- Who did what, chained by hash: a row that is changed or taken out breaks every hash after it.
 CREATE TABLE audit (

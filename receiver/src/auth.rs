@@ -99,6 +99,12 @@ impl Auth {
     }
 }
 
+/// The key in the text of an `Authorization` header; the case of the word `Bearer` does not matter.
+pub fn bearer(header: &str) -> Option<&str> {
+    let (scheme, key) = header.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
+}
+
 fn parse(text: &str) -> Option<(i64, &str)> {
     let (id, secret) = text.strip_prefix("hsk_")?.split_once('_')?;
     let well_formed = secret.len() == SECRET_DIGITS && secret.bytes().all(|b| b.is_ascii_hexdigit());

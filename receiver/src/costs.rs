@@ -36,7 +36,7 @@ pub struct Costs {
 }
 
 impl Costs {
-    /// Costs in `store`, all in one currency.
+    /// Costs in `store`; `currency` is that of the rate card.
     pub fn new(store: Store, currency: String, clock: SharedClock) -> Self {
         Self { store, currency, clock }
     }
@@ -55,16 +55,10 @@ impl Costs {
         company.filter(|company| caller.may_see(*company)).ok_or(Error::NotFound)?;
         let month = month.unwrap_or_else(|| Month::of(self.clock.now_ms()));
         let (from, until) = month.bounds();
-        let rows = self.store.ledger(server, &from, &until).await?;
-        let mut sums: BTreeMap<&str, Decimal> = BTreeMap::new();
-        let mut total = Decimal::ZERO;
-        for row in &rows {
-            let sum = sums.entry(&row.source).or_default();
-            *sum = sum.checked_add(row.amount).ok_or(Error::TooMuch)?;
-            total = total.checked_add(row.amount).ok_or(Error::TooMuch)?;
-        }
-        let totals =
-            sums.into_iter().map(|(source, amount)| SourceTotal { source: source.to_owned(), amount }).collect();
+        let (rows, rows_truncated) = self.store.ledger(server, &from, &until).await?;
+        let totals = self.totals(server, &from, &until).await?;
+        let own = totals.iter().filter(|sum| sum.currency == self.currency);
+        let total = own.map(|sum| Some(sum.amount)).fold(Some(Decimal::ZERO), add).ok_or(Error::TooMuch)?;
         Ok(MonthlyCosts {
             server_id: server.0,
             month: month.to_string(),
@@ -72,6 +66,80 @@ impl Costs {
             total,
             totals,
             rows,
+            rows_truncated,
         })
+    }
+
+    /// Sums over all rows; what the listing leaves out counts as well.
+    async fn totals(&self, server: ServerId, from: &str, until: &str) -> Result<Vec<SourceTotal>, Error> {
+        let mut sums: BTreeMap<(String, String), Option<Decimal>> = BTreeMap::new();
+        let each = |source: &str, currency: &str, amount| {
+            let sum = sums.entry((source.to_owned(), currency.to_owned())).or_insert(Some(Decimal::ZERO));
+            *sum = add(*sum, Some(amount));
+        };
+        self.store.each_amount(server, from, until, each).await?;
+        let totals = sums.into_iter().map(|((source, currency), amount)| {
+            Ok(SourceTotal { source, currency, amount: amount.ok_or(Error::TooMuch)? })
+        });
+        totals.collect()
+    }
+}
+
+/// `None` is beyond what a decimal can hold.
+fn add(sum: Option<Decimal>, amount: Option<Decimal>) -> Option<Decimal> {
+    sum?.checked_add(amount?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use sqlx::{Connection as _, SqliteConnection};
+
+    use super::*;
+    use crate::model::Scope;
+    use crate::platform::clock::ManualClock;
+
+    const CALLER: Caller = Caller { key_id: 1, scope: Scope::All };
+
+    async fn with_ledger(statement: &'static str) -> (tempfile::TempDir, Costs) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = Store::open(folder.path()).await.expect("opened");
+        let mut tx = store.begin().await.expect("begun");
+        let company = tx.add_company("acme", "age1x", "sha256:x", 1).await.expect("added").expect("new");
+        tx.add_server(company, "host", "k", "0", 1).await.expect("added");
+        tx.commit().await.expect("committed");
+        let path = format!("sqlite://{}", folder.path().join(store::FILE_NAME).display());
+        let mut raw = SqliteConnection::connect(&path).await.expect("opened");
+        sqlx::query(statement).execute(&mut raw).await.expect("booked");
+        (folder, Costs::new(store, "EUR".into(), ManualClock::at(1_795_348_800_000) as Arc<_>))
+    }
+
+    #[tokio::test]
+    async fn the_total_of_a_month_is_the_sum_of_all_its_rows_however_many() {
+        let (_folder, costs) = with_ledger(
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 30000)
+             INSERT INTO cost_ledger (server_id, ref_date, amount, currency, source, run_uid, metadata_json, booked_at_ms)
+             SELECT 1, '2026-11-22', '0.000001', 'EUR', 'snapshot_storage', 'u' || i, '{}', 1 FROM n",
+        )
+        .await;
+        let shown = costs.of_month(CALLER, ServerId(1), None).await.expect("read");
+        assert!(shown.rows_truncated && shown.rows.len() == crate::store::ledger::ROWS_MAX);
+        assert_eq!(shown.total, "0.03".parse().expect("decimal"));
+        assert_eq!(shown.totals[0].amount, shown.total);
+    }
+
+    #[tokio::test]
+    async fn amounts_of_another_currency_are_not_added_to_the_total() {
+        let (_folder, costs) = with_ledger(
+            "INSERT INTO cost_ledger (server_id, ref_date, amount, currency, source, run_uid, metadata_json, booked_at_ms)
+             VALUES (1, '2026-11-21', '7', 'BRL', 's', 'a', '{}', 1), (1, '2026-11-22', '2', 'EUR', 's', 'b', '{}', 1)",
+        )
+        .await;
+        let shown = costs.of_month(CALLER, ServerId(1), None).await.expect("read");
+        assert_eq!(shown.total, Decimal::TWO);
+        let totals: Vec<_> = shown.totals.iter().map(|sum| (sum.currency.as_str(), sum.amount)).collect();
+        assert_eq!(totals, [("BRL", Decimal::from(7)), ("EUR", Decimal::TWO)]);
+        assert!(!shown.rows_truncated);
     }
 }

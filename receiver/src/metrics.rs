@@ -5,7 +5,7 @@
 
 use axum::Router;
 use axum::extract::{Extension, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use prometheus_client::encoding::text::encode;
@@ -20,6 +20,7 @@ use crate::fleet::Fleet;
 use crate::model::Scope;
 use crate::model::counters::SharedCounters;
 use crate::model::problem::Problem;
+use crate::platform::causes::chain;
 use crate::platform::tls::PeerAddr;
 use crate::sessions::Sessions;
 
@@ -55,8 +56,18 @@ async fn page(State(metrics): State<Metrics>, peer: Option<Extension<PeerAddr>>,
 
 fn refused(problem: &Problem) -> Response {
     let status = StatusCode::from_u16(problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    (status, [(header::CONTENT_TYPE, "application/problem+json")], serde_json::to_string(problem).unwrap_or_default())
-        .into_response()
+    let text = serde_json::to_string(problem).unwrap_or_default();
+    let mut response = (status, [(header::CONTENT_TYPE, "application/problem+json")], text).into_response();
+    if status == StatusCode::UNAUTHORIZED {
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    }
+    response
+}
+
+/// What failed goes into the log and not out.
+fn internal(error: &dyn std::error::Error) -> Problem {
+    tracing::error!(event = "request_failed", component = "metrics", error = chain(error), "a request failed");
+    Problem::internal()
 }
 
 #[derive(Debug)]
@@ -77,15 +88,13 @@ impl prometheus_client::collector::Collector for Counted {
 impl Metrics {
     async fn check_key(&self, headers: &HeaderMap) -> Result<(), Problem> {
         let shown = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let key =
-            shown.and_then(|text| text.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
-        let caller = self.auth.authenticate(key.map(|(_, key)| key.trim())).await;
+        let caller = self.auth.authenticate(shown.and_then(auth::bearer)).await;
         let next = "use a key made with `hestner-receiver apikey create --all-companies`, or ask from loopback";
         let caller = caller.map_err(|error| {
             let code = match error {
                 auth::Error::Missing => "key_missing",
                 auth::Error::Invalid => "key_invalid",
-                auth::Error::Store(_) | auth::Error::Random(_) => return Problem::internal(),
+                auth::Error::Store(_) | auth::Error::Random(_) => return internal(&error),
             };
             self.counters.keys_refused.raise();
             Problem::new(401, code, error.to_string(), next)
@@ -97,7 +106,7 @@ impl Metrics {
     }
 
     async fn render(&self) -> Result<String, Problem> {
-        let runs = self.fleet.runs_by_status().await.map_err(|_| Problem::internal())?;
+        let runs = self.fleet.runs_by_status().await.map_err(|error| internal(&error))?;
         let mut registry = Registry::default();
         let sessions: Gauge = Gauge::default();
         sessions.set(i64::try_from(self.sessions.count()).unwrap_or(i64::MAX));
@@ -109,7 +118,7 @@ impl Metrics {
         registry.register("hestner_runs", "Runs in the store by status", by_status);
         registry.register_collector(Box::new(Counted(self.counters.clone())));
         let mut text = String::new();
-        encode(&mut text, &registry).map_err(|_| Problem::internal())?;
+        encode(&mut text, &registry).map_err(|error| internal(&error))?;
         Ok(text)
     }
 }

@@ -11,7 +11,7 @@ use hestner_proto::v1;
 use tokio::sync::{Notify, watch};
 
 use crate::model::ServerId;
-use crate::model::run::Progress;
+use crate::model::run::{Progress, RUN_UID_BYTES_MAX};
 use crate::model::server::Minute;
 
 /// Runs of one server whose progress is kept; a host runs far fewer at once.
@@ -174,8 +174,11 @@ impl Sessions {
         dropped
     }
 
-    /// Notes how far a run is.
+    /// Notes how far a run is; what names no run that can exist is passed over.
     pub fn progress(&self, server: ServerId, progress: v1::Progress) {
+        if !(1..=RUN_UID_BYTES_MAX).contains(&progress.run_uid.len()) {
+            return;
+        }
         let mut state = self.state();
         let known = &mut state.heard.entry(server).or_default().progress;
         if known.len() < PROGRESS_MAX || known.contains_key(&progress.run_uid) {
@@ -209,13 +212,15 @@ impl Ticket {
         self.wake.notified().await;
     }
 
-    /// Waits until the session is ended from outside. Cancel-safe.
-    pub async fn ended(&self) -> End {
+    /// Waits until the session is ended from outside. Cancel-safe, and borrows nothing of the ticket.
+    pub fn ended(&self) -> impl Future<Output = End> + Send + use<> {
         let mut end = self.end.clone();
-        match end.wait_for(Option::is_some).await {
-            Ok(why) => why.unwrap_or(End::Replaced),
-            // The entry is gone without a word: only a replacement does that.
-            Err(_) => End::Replaced,
+        async move {
+            match end.wait_for(Option::is_some).await {
+                Ok(why) => why.unwrap_or(End::Replaced),
+                // The entry is gone without a word: only a replacement does that.
+                Err(_) => End::Replaced,
+            }
         }
     }
 }
@@ -255,6 +260,15 @@ mod tests {
         let ticket = sessions.open(SERVER);
         sessions.wake(SERVER);
         ticket.woken().await;
+    }
+
+    #[test]
+    fn progress_of_a_run_without_an_id_or_with_an_endless_one_is_not_kept() {
+        let sessions = Sessions::default();
+        for run_uid in [String::new(), "u".repeat(65)] {
+            sessions.progress(SERVER, v1::Progress { run_uid: run_uid.clone(), ..v1::Progress::default() });
+            assert_eq!(sessions.progress_of(SERVER, &run_uid), None);
+        }
     }
 
     #[test]

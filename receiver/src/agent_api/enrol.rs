@@ -16,9 +16,13 @@ use tonic::{Code, Request, Response, Status};
 
 use super::peer::Peer;
 use crate::enrolment::{self, Enrolment};
+use crate::model::run::cut;
+use crate::platform::causes::chain;
 
 /// Addresses remembered before those that are quiet again are forgotten.
 const ADDRESSES_MAX: usize = 10_000;
+/// Longest hostname that goes into the log, in bytes.
+const HOSTNAME_BYTES_MAX: usize = 256;
 
 /// See the module.
 pub struct EnrolmentDoor {
@@ -33,17 +37,22 @@ impl EnrolmentDoor {
     }
 
     fn check_rate(&self, address: IpAddr) -> Result<(), Status> {
-        if self.attempts.len() > ADDRESSES_MAX {
+        let refused = |message| refusal(Code::ResourceExhausted, message, "too_many_attempts", "wait a minute");
+        if self.attempts.len() >= ADDRESSES_MAX {
             self.attempts.retain_recent();
+            if self.attempts.len() >= ADDRESSES_MAX {
+                return Err(refused("too many addresses try to enrol"));
+            }
         }
-        self.attempts.check_key(&address).map_err(|_| {
-            refusal(
-                Code::ResourceExhausted,
-                "too many attempts from this address",
-                "too_many_attempts",
-                "wait a minute",
-            )
-        })
+        self.attempts.check_key(&client(address)).map_err(|_| refused("too many attempts from this address"))
+    }
+}
+
+/// Whom an address stands for. A host with IPv6 has a whole /64 to itself.
+fn client(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => IpAddr::V6((v6.to_bits() & !u128::from(u64::MAX)).into()),
+        v4 => v4,
     }
 }
 
@@ -53,7 +62,7 @@ impl EnrolmentService for EnrolmentDoor {
         let peer = request.extensions().get::<Peer>().cloned().ok_or_else(|| Status::internal("no peer"))?;
         self.check_rate(peer.address.ip())?;
         let asked = request.into_inner();
-        let hostname = asked.hostname.clone();
+        let hostname = cut(asked.hostname.clone(), HOSTNAME_BYTES_MAX);
         let enrolled = self.enrolment.enrol(enrolment::Request {
             token: asked.token,
             csr_der: asked.csr_der,
@@ -76,7 +85,7 @@ impl EnrolmentService for EnrolmentDoor {
                 }))
             }
             Err(error) => {
-                tracing::warn!(event = "enrolment_refused", component = "enrolment", code = error.code(), peer = %peer.address, error = %error, "refused");
+                tracing::warn!(event = "enrolment_refused", component = "enrolment", code = error.code(), peer = %peer.address, error = chain(&error), "refused");
                 Err(status(&error))
             }
         }
@@ -107,4 +116,18 @@ fn refusal(grpc: Code, message: &str, code: &'static str, next_step: &'static st
         }
     }
     Status::with_metadata(grpc, message, metadata)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_of_one_host_are_one_client() {
+        let of = |text: &str| client(text.parse().expect("an address"));
+        assert_eq!(of("2001:db8::1"), of("2001:db8::ffff:1"));
+        assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
+        assert_eq!(of("::ffff:192.0.2.1"), of("192.0.2.1"));
+        assert_ne!(of("192.0.2.1"), of("192.0.2.2"));
+    }
 }

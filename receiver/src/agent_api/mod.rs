@@ -27,7 +27,7 @@ pub use session::{AgentsDoor, Parts};
 
 use crate::lifecycle::{Drain, Tasks};
 use crate::platform::tls::Listener;
-use peer::PeerStream;
+use peer::{KeyPlaces, PeerStream};
 
 /// Section `[session]` of the settings.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, TomlExample)]
@@ -67,7 +67,9 @@ const SHUTDOWN_TIME_MAX: Duration = Duration::from_secs(5);
 /// Serves sessions until the drain.
 pub async fn serve_agents(door: AgentsDoor, listener: Listener, tasks: Tasks) {
     let drain = tasks.drain().clone();
-    let incoming = accept(listener, AGENTS_MAX, &tasks, "accept_agents");
+    let recogniser = door.enrolment();
+    let key_of = move |certificate: &[u8]| recogniser.recognise(certificate).ok().map(|peer| peer.spki_sha256);
+    let incoming = accept(listener, AGENTS_MAX, key_of, &tasks, "accept_agents");
     let service = AgentsServer::new(door)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
@@ -78,7 +80,7 @@ pub async fn serve_agents(door: AgentsDoor, listener: Listener, tasks: Tasks) {
 /// Serves enrolment until the drain.
 pub async fn serve_enrolment(door: EnrolmentDoor, listener: Listener, tasks: Tasks) {
     let drain = tasks.drain().clone();
-    let incoming = accept(listener, ENROLMENTS_MAX, &tasks, "accept_enrolments");
+    let incoming = accept(listener, ENROLMENTS_MAX, |_| None, &tasks, "accept_enrolments");
     let service = EnrolmentServer::new(door).max_decoding_message_size(64 * 1024);
     let served = server()
         .timeout(ENROL_TIME_MAX)
@@ -121,17 +123,19 @@ async fn until_shut_down(
 
 type Accepted = Result<PeerStream, std::io::Error>;
 
-/// Accepts connections in a task of its own, `connections_max` at once, as the stream that tonic wants.
+/// Accepts connections in a task of its own, `connections_max` at once, as the stream that tonic wants. Those whose
+/// certificate has a key are bounded for each key as well; one too many is closed.
 fn accept(
     mut listener: Listener,
     connections_max: usize,
+    key_of: impl Fn(&[u8]) -> Option<String> + Send + 'static,
     tasks: &Tasks,
     name: &'static str,
 ) -> ReceiverStream<Accepted> {
     let (ready, incoming) = mpsc::channel(READY_MAX);
     let drain = tasks.drain().clone();
     tasks.spawn(name, async move {
-        let places = Arc::new(Semaphore::new(connections_max));
+        let (places, key_places) = (Arc::new(Semaphore::new(connections_max)), KeyPlaces::default());
         loop {
             let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
             // Cancel-safe: handshakes in flight live in the listener.
@@ -139,7 +143,16 @@ fn accept(
                 accepted = listener.accept() => accepted,
                 () = drain.begun() => return,
             };
-            if ready.send(Ok(PeerStream::new(stream, address, place))).await.is_err() {
+            let key = stream.peer_certificates().first().and_then(|certificate| key_of(certificate));
+            let key_place = match key.map(|key| key_places.take(key)) {
+                Some(None) => {
+                    tracing::debug!(event = "too_many_connections", component = "agent_api", peer = %address, "one key has too many connections");
+                    continue;
+                }
+                Some(taken) => taken,
+                None => None,
+            };
+            if ready.send(Ok(PeerStream::new(stream, address, place, key_place))).await.is_err() {
                 return;
             }
         }

@@ -1,6 +1,7 @@
 //! One agent's session: hello and welcome, then heartbeats, inventory and reports in, acks and directives out.
 //!
-//! Inbox: the agent's stream, wake-ups and endings from the registry, the drain. Output: the stream back.
+//! Inbox: the agent's stream, wake-ups and endings from the registry, the drain. Output: the stream back. A session
+//! that is ended from outside ends at once, whatever it was doing: work that was not acknowledged comes again.
 //! Reports are taken as many as wait, submitted together, and acknowledged only after their commit; while a
 //! submission is under way nothing else is read, so a fast agent is held back at its own stream.
 
@@ -23,6 +24,8 @@ use crate::fleet::Fleet;
 use crate::ingest::{self, Inlet, Origin};
 use crate::lifecycle::Tasks;
 use crate::model::counters::SharedCounters;
+use crate::model::run::cut;
+use crate::platform::causes::chain;
 use crate::platform::clock::SharedClock;
 use crate::sessions::{End, Sessions, Ticket};
 
@@ -32,6 +35,16 @@ const HELLO_TIME_MAX: Duration = Duration::from_secs(10);
 const SEND_TIME_MAX: Duration = Duration::from_secs(30);
 /// Messages that wait for the agent: acks and directives of one round.
 const OUTBOX_MAX: usize = 64;
+/// Inventories that come faster are held back; the newest counts. An agent sends one an interval of a second or more.
+const INVENTORY_INTERVAL_MIN: Duration = Duration::from_secs(5);
+/// An agent asks once a session, and looks once a minute whether it has to.
+const RENEWAL_INTERVAL_MIN: Duration = Duration::from_secs(30);
+/// Longest text of a hello that goes into the log, in bytes.
+const VERSION_BYTES_MAX: usize = 64;
+/// Longest name of an outbox, in bytes.
+const EPOCH_BYTES_MAX: usize = 64;
+/// How long a peer that was turned away may take to read why, before its connection is closed.
+const GOODBYE_TIME: Duration = Duration::from_secs(1);
 /// Heartbeats that may be missed.
 const MISSED_HEARTBEATS_MAX: u32 = 3;
 
@@ -57,6 +70,10 @@ impl AgentsDoor {
     /// A door to `parts`.
     pub fn new(parts: Parts) -> Self {
         Self(Arc::new(parts))
+    }
+
+    pub(super) fn enrolment(&self) -> Enrolment {
+        self.0.enrolment.clone()
     }
 }
 
@@ -97,6 +114,11 @@ impl Ending {
     fn goodbye(code: &'static str, message: impl Into<String>) -> Self {
         Self::Goodbye { code, message: message.into(), retry_after_seconds: 0 }
     }
+
+    /// Whether the peer has nothing more to say on its connection.
+    fn turns_away(&self) -> bool {
+        matches!(self, Self::Goodbye { code: "unknown" | "revoked" | "fork" | "protocol", .. })
+    }
 }
 
 impl Line {
@@ -109,11 +131,11 @@ impl Line {
         }
     }
 
-    async fn close(&self, ending: Ending) {
+    fn close(self, ending: Ending) {
         if let Ending::Goodbye { code, message, retry_after_seconds } = ending {
             let goodbye = v1::Goodbye { code: code.to_owned(), message, retry_after_seconds };
-            // An agent that is gone already cannot be told.
-            let _ = self.send(from_receiver::Body::Goodbye(goodbye)).await;
+            // An agent that is gone or does not read cannot be told; it will be when it comes again.
+            let _ = self.outbox.try_send(Ok(FromReceiver { body: Some(from_receiver::Body::Goodbye(goodbye)) }));
         }
     }
 
@@ -148,7 +170,13 @@ async fn begin(parts: Arc<Parts>, peer: Peer, mut line: Line) {
             ending
         }
     };
-    line.close(ending).await;
+    let turned_away = ending.turns_away();
+    line.close(ending);
+    if turned_away {
+        // Its place is for those who may speak; a connection that was kept could hold it for ever.
+        tokio::time::sleep(GOODBYE_TIME).await;
+        peer.hang_up();
+    }
 }
 
 async fn admit(parts: &Arc<Parts>, peer: &Peer, line: &mut Line) -> Result<Session, Ending> {
@@ -156,12 +184,9 @@ async fn admit(parts: &Arc<Parts>, peer: &Peer, line: &mut Line) -> Result<Sessi
     let identity = parts.enrolment.recognise(certificate);
     let identity = identity.map_err(|error| Ending::goodbye("unknown", error.to_string()))?;
     let hello = line.hello().await?;
-    let admitted = parts.enrolment.admit(&identity, &hello).await.map_err(|refusal| {
-        let internal = matches!(refusal, Refusal::Failed(_));
-        let message = if internal { "the receiver could not decide".to_owned() } else { refusal.to_string() };
-        Ending::goodbye(refusal.code(), message)
-    })?;
+    let admitted = parts.enrolment.admit(&identity, &hello).await.map_err(refused)?;
     let ticket = parts.sessions.open(admitted.server);
+    parts.enrolment.still_admits(&identity).await.map_err(refused)?;
     let seconds = parts.heartbeat_interval.as_secs().max(1);
     line.send(from_receiver::Body::Welcome(v1::Welcome {
         now_ms: parts.clock.now_ms(),
@@ -172,11 +197,34 @@ async fn admit(parts: &Arc<Parts>, peer: &Peer, line: &mut Line) -> Result<Sessi
     parts.counters.sessions_opened.raise();
     tracing::info!(
         event = "session_opened", component = "session", tenant_id = %admitted.company, server_id = %admitted.server, peer = %peer.address,
-        agent_version = hello.agent_version, skew_ms = hello.now_ms.saturating_sub(parts.clock.now_ms()), "session"
+        agent_version = cut(hello.agent_version, VERSION_BYTES_MAX), skew_ms = hello.now_ms.saturating_sub(parts.clock.now_ms()), "session"
     );
     let Admitted { server, company, .. } = admitted;
-    let origin = Origin { server, company, peer: peer.address.to_string() };
-    Ok(Session { parts: Arc::clone(parts), identity, origin, ticket, delivered: HashSet::new() })
+    let epoch = cut(hello.epoch, EPOCH_BYTES_MAX);
+    let origin = Origin { server, company, peer: peer.address.to_string(), epoch, shown: 0 };
+    Ok(Session {
+        parts: Arc::clone(parts),
+        identity,
+        origin,
+        ticket,
+        delivered: HashSet::new(),
+        inventory: None,
+        inventory_at: Instant::now(),
+        renewed_at: None,
+    })
+}
+
+fn refused(refusal: Refusal) -> Ending {
+    if let Refusal::Failed(error) = &refusal {
+        tracing::error!(
+            event = "admission_failed",
+            component = "session",
+            error = chain(error),
+            "cannot decide on a session"
+        );
+        return Ending::goodbye(refusal.code(), "the receiver could not decide");
+    }
+    Ending::goodbye(refusal.code(), refusal.to_string())
 }
 
 struct Session {
@@ -186,13 +234,27 @@ struct Session {
     ticket: Ticket,
     /// Directives handed to this session, as far as they are still open.
     delivered: HashSet<String>,
+    /// The newest inventory that is not stored yet.
+    inventory: Option<v1::Inventory>,
+    /// When the next inventory may be stored.
+    inventory_at: Instant,
+    /// When the last renewal was asked for.
+    renewed_at: Option<Instant>,
 }
 
 impl Session {
     async fn run(mut self, line: &mut Line) -> Ending {
-        let ending = match self.work(line).await {
-            Ok(never) => match never {},
-            Err(ending) => ending,
+        let (ended_outside, expired) = (self.ticket.ended(), self.expired());
+        // Cancel-safe: what `work` was doing is either committed or never happened, and the agent sends again what
+        // was not acknowledged.
+        let ending = tokio::select! {
+            biased;
+            why = ended_outside => ended(why),
+            () = expired => refused(Refusal::Expired),
+            worked = self.work(line) => match worked {
+                Ok(never) => match never {},
+                Err(ending) => ending,
+            },
         };
         let code = match &ending {
             Ending::Gone => "gone",
@@ -210,20 +272,25 @@ impl Session {
         let drain = self.parts.tasks.drain().clone();
         let mut heard = Instant::now();
         loop {
-            // Cancel-safe: `message` keeps half a message in the stream, `ended` and `woken` keep what they
-            // wait for in the registry.
+            // Cancel-safe: `message` keeps half a message in the stream, `woken` keeps its wake-up in the registry.
             tokio::select! {
                 biased;
-                why = self.ticket.ended() => return Err(ended(why)),
                 () = drain.begun() => return Err(draining()),
                 message = line.inbound.message() => {
                     heard = Instant::now();
                     self.hear(line, message).await?;
                 }
                 () = self.ticket.woken() => self.deliver(line).await?,
+                () = tokio::time::sleep_until(self.inventory_at), if self.inventory.is_some() => self.store_inventory().await?,
                 () = tokio::time::sleep_until(heard + silence_max) => return Err(Ending::Gone),
             }
         }
+    }
+
+    /// Waits until the certificate of the session has expired.
+    fn expired(&self) -> impl Future<Output = ()> + Send + use<> {
+        let left_ms = self.identity.not_after_ms.saturating_sub(self.parts.clock.now_ms());
+        tokio::time::sleep(Duration::from_millis(u64::try_from(left_ms).unwrap_or(0)))
     }
 
     /// Takes in a message, and with a report all others that wait behind it.
@@ -272,7 +339,8 @@ impl Session {
                 Ok(())
             }
             Some(from_agent::Body::Inventory(inventory)) => {
-                self.parts.inlet.inventory(server, &inventory).await.map_err(|error| self.overloaded(&error))
+                self.inventory = Some(inventory);
+                if Instant::now() >= self.inventory_at { self.store_inventory().await } else { Ok(()) }
             }
             Some(from_agent::Body::Renewal(renewal)) => self.renew(line, &renewal.csr_der).await,
             // Reports go another way; a second hello or something newer than this receiver has no meaning.
@@ -283,26 +351,43 @@ impl Session {
         }
     }
 
+    async fn store_inventory(&mut self) -> Result<(), Ending> {
+        let Some(inventory) = self.inventory.take() else { return Ok(()) };
+        self.inventory_at = Instant::now() + INVENTORY_INTERVAL_MIN;
+        self.parts.inlet.inventory(self.origin.server, &inventory).await.map_err(|error| match error {
+            ingest::Error::BadInventory(_) => Ending::goodbye("bad_message", error.to_string()),
+            other => self.overloaded(&other),
+        })
+    }
+
     fn overloaded(&self, error: &dyn std::error::Error) -> Ending {
-        tracing::error!(event = "session_failed", component = "session", server_id = %self.origin.server, error = %error, "ending a session");
+        tracing::error!(event = "session_failed", component = "session", server_id = %self.origin.server, error = chain(error), "ending a session");
         Ending::goodbye("overloaded", "the receiver could not store it; nothing is lost, send it again")
     }
 
-    async fn renew(&self, line: &Line, csr_der: &[u8]) -> Result<(), Ending> {
+    async fn renew(&mut self, line: &Line, csr_der: &[u8]) -> Result<(), Ending> {
+        let now = Instant::now();
+        if self.renewed_at.is_some_and(|before| now < before + RENEWAL_INTERVAL_MIN) {
+            return Err(Ending::goodbye("bad_message", "certificates are renewed far more seldom than that"));
+        }
+        self.renewed_at = Some(now);
         match self.parts.enrolment.renew(&self.identity, csr_der).await {
             Ok(certificate) => line.send(from_receiver::Body::Certificate(certificate)).await,
-            Err(error) if error.code() == "internal" => Err(self.overloaded(&error)),
-            Err(error) => Err(Ending::goodbye("bad_message", format!("{}: {error}", error.code()))),
+            Err(Refusal::Failed(error)) if error.code() == "internal" => Err(self.overloaded(&error)),
+            Err(Refusal::Failed(error)) => Err(Ending::goodbye("bad_message", format!("{}: {error}", error.code()))),
+            Err(refusal) => Err(refused(refusal)),
         }
     }
 
-    async fn submit(&self, line: &Line, reports: Vec<v1::Envelope>) -> Result<(), Ending> {
+    async fn submit(&mut self, line: &Line, reports: Vec<v1::Envelope>) -> Result<(), Ending> {
         let submitted = self.parts.inlet.submit(self.origin.clone(), reports).await;
         let (verdict, bad) = submitted.map_err(|error| match error {
             ingest::Error::Stopping => draining(),
             other => self.overloaded(&other),
         })?;
-        for (epoch, seq) in verdict.acks {
+        self.origin.shown = verdict.shown;
+        if let Some(seq) = verdict.ack {
+            let epoch = self.origin.epoch.clone();
             line.send(from_receiver::Body::Ack(v1::Ack { epoch, seq })).await?;
         }
         if verdict.forked {

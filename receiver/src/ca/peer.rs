@@ -15,6 +15,8 @@ pub struct PeerIdentity {
     pub agent: AgentId,
     /// SHA-256 of the certificate's SubjectPublicKeyInfo, as hex.
     pub spki_sha256: String,
+    /// When the certificate ends, milliseconds since the Unix epoch. TLS looks at it only in the handshake.
+    pub not_after_ms: i64,
 }
 
 /// Name of a certificate's key; none if it cannot be read.
@@ -40,5 +42,9 @@ pub fn read_peer(der: &[u8], trust_domain: &str) -> Result<PeerIdentity, Error> 
     if agent.trust_domain != trust_domain {
         return Err(bad("its name is of another trust domain"));
     }
-    Ok(PeerIdentity { agent, spki_sha256: hestner_proto::sha256_hex(parsed.public_key().raw) })
+    Ok(PeerIdentity {
+        agent,
+        spki_sha256: hestner_proto::sha256_hex(parsed.public_key().raw),
+        not_after_ms: parsed.validity().not_after.timestamp().saturating_mul(1000),
+    })
 }

@@ -19,6 +19,7 @@ use crate::platform::clock::{SharedClock, SystemClock};
 use crate::platform::{files, span};
 use crate::server::settings::{self, Checked, LogFormat};
 use crate::server::{self, Opened};
+use crate::store::audit::Verdict;
 use output::{Failure, print_json, print_table};
 
 /// The thin centre of Hestner: enrols agents, takes in their reports, answers REST /v1.
@@ -53,6 +54,9 @@ enum Command {
     /// Enrolled agents
     #[command(subcommand, after_help = "Example:\n  hestner-receiver agent list --company 1")]
     Agent(AgentCommand),
+    /// The audit log
+    #[command(subcommand, after_help = "Example:\n  hestner-receiver audit verify")]
+    Audit(AuditCommand),
     /// The certificate authority
     #[command(subcommand, after_help = "Example:\n  hestner-receiver ca show")]
     Ca(CaCommand),
@@ -134,6 +138,18 @@ enum AgentCommand {
         /// Of this company only
         #[arg(long, value_name = "ID")]
         company: Option<i64>,
+        #[command(flatten)]
+        output: Json,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum AuditCommand {
+    /// Recompute the chain of hashes; exit 1 if a row was changed or taken out
+    #[command(
+        after_help = "Example:\n  hestner-receiver audit verify --json\n\nKeep the last hash elsewhere: it proves later that nothing before it was rewritten."
+    )]
+    Verify {
         #[command(flatten)]
         output: Json,
     },
@@ -259,6 +275,7 @@ async fn work(opened: &Opened, command: Command, clock: &SharedClock) -> Result<
         Command::Agent(AgentCommand::List { company, output }) => {
             list_agents(opened, company.map(CompanyId), output).await
         }
+        Command::Audit(AuditCommand::Verify { output }) => verify_audit(opened, output).await,
         Command::Ca(CaCommand::Show { output }) => show_ca(opened, output),
     }
 }
@@ -349,6 +366,19 @@ async fn list_agents(opened: &Opened, company: Option<CompanyId>, output: Json) 
     });
     print_table(&["ID", "COMPANY", "NAME", "STANDING", "VERSION", "LAST SEEN"], rows);
     Ok(())
+}
+
+async fn verify_audit(opened: &Opened, output: Json) -> Result<(), Failure> {
+    match opened.store.verify_audit().await? {
+        Verdict::Broken { id } => Err(Failure::AuditBroken(id)),
+        Verdict::Whole { rows, last_hash } if output.json => {
+            print_json(&serde_json::json!({ "rows": rows, "last_hash": last_hash }))
+        }
+        Verdict::Whole { rows, last_hash } => {
+            println!("{rows} rows, each with the hash it must have\nlast hash  {last_hash}");
+            Ok(())
+        }
+    }
 }
 
 fn show_ca(opened: &Opened, output: Json) -> Result<(), Failure> {

@@ -3,10 +3,10 @@
 //! A failure is shown as what happened, what to do next and a stable code; the exit code says whether an
 //! operator has to mend something (64) or not (1).
 
-use std::error::Error as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use crate::platform::causes::chain;
 use crate::server::settings;
 use crate::{auth, ca, enrolment, fleet, platform, server, store};
 
@@ -40,6 +40,8 @@ pub(super) enum Failure {
     Signals(#[source] std::io::Error),
     #[error("the task `{0}` ended although it must not")]
     TaskEnded(&'static str),
+    #[error("row {0} of the audit log is not what was written")]
+    AuditBroken(i64),
     #[error("cannot print the result")]
     Print(#[source] serde_json::Error),
 }
@@ -47,6 +49,9 @@ pub(super) enum Failure {
 impl Failure {
     /// Stable code, next step and exit code.
     fn verdict(&self) -> (&'static str, &'static str, u8) {
+        if self.store_error().is_some_and(store::Error::is_full) {
+            return ("state_full", "make room on the disk that holds state_dir, then try again", MEND);
+        }
         match self {
             Self::Settings(settings::Error::Missing(_)) => {
                 ("settings_missing", "name an existing file after --config", MEND)
@@ -80,21 +85,30 @@ impl Failure {
             }
             Self::Fleet(fleet::Error::NameTaken(_)) => ("name_taken", "choose another name", MEND),
             Self::Fleet(fleet::Error::Invalid(_)) => ("invalid_input", "correct the arguments", MEND),
+            Self::AuditBroken(_) => {
+                ("audit_broken", "compare with a backup of the store; rows before this one still hold", 1)
+            }
             Self::TaskEnded(_) => ("task_ended", "read the log; the service manager starts it again", 1),
             _ => ("internal", "read the message; if it stays, report it", 1),
+        }
+    }
+
+    /// The store's own error, whatever work it came through.
+    fn store_error(&self) -> Option<&store::Error> {
+        match self {
+            Self::Store(error)
+            | Self::Server(server::Error::Store(error))
+            | Self::Fleet(fleet::Error::Store(error))
+            | Self::Enrolment(enrolment::Error::Store(error))
+            | Self::Auth(auth::Error::Store(error)) => Some(error),
+            _ => None,
         }
     }
 
     /// Prints the failure and gives the exit code.
     pub(super) fn report(&self) -> ExitCode {
         let (code, next, exit) = self.verdict();
-        let mut message = self.to_string();
-        let mut source = self.source();
-        while let Some(cause) = source {
-            message.push_str(&format!(": {cause}"));
-            source = cause.source();
-        }
-        eprintln!("hestner-receiver: {message}\n  next: {next}\n  code: {code}");
+        eprintln!("hestner-receiver: {}\n  next: {next}\n  code: {code}", chain(self));
         ExitCode::from(exit)
     }
 }

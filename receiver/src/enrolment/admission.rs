@@ -14,7 +14,9 @@ use super::{Enrolment, Error};
 use crate::ca::{self, PeerIdentity, ProvenKey};
 use crate::lifecycle::Drain;
 use crate::model::{Actor, CompanyId, ServerId};
+use crate::platform::causes::chain;
 use crate::sessions::End;
+use crate::store::audit::Entry;
 use crate::store::servers::Standing;
 
 /// Who a verified certificate names, under the name that doors use: they never import `ca`.
@@ -43,6 +45,9 @@ pub enum Refusal {
     /// The server is quarantined.
     #[error("the server is quarantined since its report numbers forked; enrol it anew with a token for it")]
     Fork,
+    /// The certificate has ended since the handshake.
+    #[error("the agent's certificate has expired; open a new connection with a renewed one, or enrol the server anew")]
+    Expired,
     /// Another version of the protocol.
     #[error("this receiver speaks protocol {PROTOCOL}, the agent {0}")]
     Protocol(u32),
@@ -55,7 +60,7 @@ impl Refusal {
     /// Code of the goodbye.
     pub fn code(&self) -> &'static str {
         match self {
-            Self::Unknown => "unknown",
+            Self::Unknown | Self::Expired => "unknown",
             Self::Revoked => "revoked",
             Self::Fork => "fork",
             Self::Protocol(_) => "protocol",
@@ -87,10 +92,14 @@ impl Enrolment {
         if hello.protocol != PROTOCOL {
             return Err(Refusal::Protocol(hello.protocol));
         }
+        let now_ms = self.clock.now_ms();
         let mut tx = self.store.begin().await?;
-        let standing = tx.standing(ServerId(peer.agent.server_id)).await?.ok_or(Refusal::Unknown)?;
-        check_standing(&standing, peer)?;
-        tx.greet(standing.id, &peer.spki_sha256, hello, self.clock.now_ms()).await?;
+        let standing = tx.standing(ServerId(peer.agent.server_id)).await?;
+        let standing = check_standing(standing, peer, now_ms)?;
+        if standing.spki_sha256 != peer.spki_sha256 {
+            tx.append_audit(promoted(&standing, peer, now_ms)).await?;
+        }
+        tx.greet(standing.id, &peer.spki_sha256, hello, now_ms).await?;
         tx.commit().await?;
         let held = standing.inventory_hash.unwrap_or_default();
         Ok(Admitted {
@@ -100,18 +109,32 @@ impl Enrolment {
         })
     }
 
+    /// Looks at a peer's standing again, without waiting for the writer: whoever was shut out after [`Self::admit`]
+    /// and before its session stood in the registry would not have been ended there.
+    ///
+    /// # Errors
+    /// See [`Refusal`].
+    pub async fn still_admits(&self, peer: &PeerIdentity) -> Result<(), Refusal> {
+        let standing = self.store.standing(ServerId(peer.agent.server_id)).await?;
+        check_standing(standing, peer, self.clock.now_ms()).map(drop)
+    }
+
     /// Renews a certificate inside a session. The key may be a new one; the old one holds until it has spoken.
     ///
     /// # Errors
-    /// When the request is bad, another server has the key, or signing or the store fails.
-    pub async fn renew(&self, peer: &PeerIdentity, csr_der: &[u8]) -> Result<v1::Certificate, Error> {
-        let key = ProvenKey::from_request(csr_der)?;
+    /// The refusal of a hello with the same certificate, since a server may have been shut out or enrolled anew while
+    /// the request waited. [`Refusal::Failed`] when the request is bad, another server has the key, or signing or
+    /// the store fails.
+    pub async fn renew(&self, peer: &PeerIdentity, csr_der: &[u8]) -> Result<v1::Certificate, Refusal> {
+        let key = ProvenKey::from_request(csr_der).map_err(Error::from)?;
         let now_ms = self.clock.now_ms();
         let server = ServerId(peer.agent.server_id);
-        let certificate_der = self.authority.sign_agent(&key, &peer.agent, now_ms, self.rules.certificate_life)?;
+        let signed = self.authority.sign_agent(&key, &peer.agent, now_ms, self.rules.certificate_life);
+        let certificate_der = signed.map_err(Error::from)?;
         let mut change = self.store.change(Actor::Agent(server), now_ms).await?;
+        check_standing(change.standing(server).await?, peer, now_ms)?;
         if change.server_of_key(&key.sha256).await?.is_some_and(|owner| owner.id != server) {
-            return Err(Error::KeyInUse);
+            return Err(Error::KeyInUse.into());
         }
         if key.sha256 != peer.spki_sha256 {
             change.announce_key(server, &key.sha256).await?;
@@ -134,7 +157,12 @@ impl Enrolment {
     }
 }
 
-fn check_standing(standing: &Standing, peer: &PeerIdentity) -> Result<(), Refusal> {
+/// The row of a peer that may speak now.
+fn check_standing(standing: Option<Standing>, peer: &PeerIdentity, now_ms: i64) -> Result<Standing, Refusal> {
+    if now_ms >= peer.not_after_ms {
+        return Err(Refusal::Expired);
+    }
+    let standing = standing.ok_or(Refusal::Unknown)?;
     if standing.company.0 != peer.agent.company_id {
         return Err(Refusal::Unknown);
     }
@@ -145,7 +173,19 @@ fn check_standing(standing: &Standing, peer: &PeerIdentity) -> Result<(), Refusa
     }
     let known = standing.spki_sha256 == peer.spki_sha256;
     let announced = standing.next_spki_sha256.as_deref() == Some(&peer.spki_sha256);
-    if known || announced { Ok(()) } else { Err(Refusal::Unknown) }
+    if known || announced { Ok(standing) } else { Err(Refusal::Unknown) }
+}
+
+/// The audit row of a renewed key that takes over with its first hello.
+fn promoted(standing: &Standing, peer: &PeerIdentity, now_ms: i64) -> Entry {
+    Entry {
+        at_ms: now_ms,
+        actor: Actor::Agent(standing.id).to_string(),
+        company: Some(standing.company),
+        action: "server_key_promoted",
+        subject: format!("server:{}", standing.id),
+        details: serde_json::json!({ "key": peer.spki_sha256, "replaces": standing.spki_sha256 }),
+    }
 }
 
 /// How soon a server that was shut out by another process loses its session.
@@ -164,7 +204,12 @@ impl Enrolment {
             }
             if let Err(error) = self.end_shut_out().await {
                 // Not fatal: hello asks the store itself, and the next tick tries again.
-                tracing::warn!(event = "standing_not_read", component = "standing", error = %error, "cannot see who was shut out");
+                tracing::warn!(
+                    event = "standing_not_read",
+                    component = "standing",
+                    error = chain(&error),
+                    "cannot see who was shut out"
+                );
             }
         }
     }

@@ -119,8 +119,8 @@ impl Error {
     }
 }
 
-/// What a host asks with.
-#[derive(Clone, Debug)]
+/// What a host asks with. Has no `Debug`: it holds the token.
+#[derive(Clone)]
 pub struct Request {
     /// `hjt_<id>_<secret>`.
     pub token: String,
@@ -235,19 +235,27 @@ impl Enrolment {
 
     async fn try_enrol(&self, request: Request) -> Result<Enrolled, Error> {
         let (token_id, secret) = JoinToken::parse_presented(&request.token).map_err(|_| Error::TokenUnknown)?;
+        // On a reader first: whoever guesses at tokens must not be able to hold the writer.
+        let known = self.store.token(token_id).await?.ok_or(Error::TokenUnknown)?;
+        check_secret(&known, &secret)?;
         let key = ProvenKey::from_request(&request.csr_der)?;
         let now_ms = self.clock.now_ms();
         let mut change = self.store.change(Actor::Receiver, now_ms).await?;
         let token = change.token(token_id).await?.ok_or(Error::TokenUnknown)?;
-        check_token(&token, &secret, &key, now_ms)?;
+        check_secret(&token, &secret)?;
+        check_use(&token, &key, now_ms)?;
         let company = change.company(token.company).await?.ok_or(Error::TokenUnknown)?;
         check_company(&company, &request.recovery_fingerprint)?;
-        let server = self.place(&mut change, &token, &key, &request).await?;
+        let (server, before) = self.place(&mut change, &token, &key, &request).await?;
         let agent =
             AgentId { trust_domain: self.rules.trust_domain.clone(), company_id: company.id.0, server_id: server.0 };
         let certificate_der = self.authority.sign_agent(&key, &agent, now_ms, self.rules.certificate_life)?;
         change.use_token(token.id, &key.sha256, server, now_ms).await?;
-        let details = serde_json::json!({ "token": token.id, "key": key.sha256, "repeated": token.used.is_some() });
+        let details = serde_json::json!({
+            "token": token.id, "key": key.sha256, "repeated": token.used.is_some(),
+            "key_before": before.as_ref().map(|before| &before.spki_sha256),
+            "status_before": before.as_ref().map(|before| &before.status),
+        });
         change.commit(Some(company.id), "server_enrolled", format!("server:{server}"), details).await?;
         Ok(Enrolled {
             certificate_der,
@@ -258,14 +266,14 @@ impl Enrolment {
         })
     }
 
-    /// Finds or makes the server that this token and key stand for.
+    /// Finds or makes the server that this token and key stand for, with how it stood before if it did.
     async fn place(
         &self,
         change: &mut Change,
         token: &TokenRow,
         key: &ProvenKey,
         request: &Request,
-    ) -> Result<ServerId, Error> {
+    ) -> Result<(ServerId, Option<Standing>), Error> {
         let now_ms = change.now_ms();
         let of_key = change.server_of_key(&key.sha256).await?;
         let wanted = token.used.as_ref().map(|(_, server)| *server).or(token.server);
@@ -276,7 +284,8 @@ impl Enrolment {
             if !same {
                 return Err(Error::KeyInUse);
             }
-            return self.take_back(change, &owner, key, token.used.is_some()).await;
+            self.take_back(change, &owner, key, token.used.is_some()).await?;
+            return Ok((owner.id, Some(owner)));
         }
         if token.used.is_some() {
             // The key was replaced at this server since; whoever holds the old one gets nothing.
@@ -284,42 +293,54 @@ impl Enrolment {
         }
         let Some(server) = token.server else {
             let (name, version) = (cut(request.hostname.clone(), 256), cut(request.agent_version.clone(), 64));
-            return Ok(change.add_server(token.company, &name, &key.sha256, &version, now_ms).await?);
+            let added = change.add_server(token.company, &name, &key.sha256, &version, now_ms).await?;
+            return Ok((added, None));
         };
         let standing = change.standing(server).await?.ok_or(Error::NoSuch("server"))?;
-        self.take_back(change, &standing, key, false).await
+        self.take_back(change, &standing, key, false).await?;
+        Ok((server, Some(standing)))
     }
 
-    /// Gives an existing server to `key`. A mere repetition changes nothing: it must not lift a quarantine.
+    /// Gives an existing server to `key`. A mere repetition changes nothing, and neither a repetition nor a new token
+    /// lifts a quarantine for the very key that forked: both machines have it.
     async fn take_back(
         &self,
         change: &mut Change,
         standing: &Standing,
         key: &ProvenKey,
         repeated: bool,
-    ) -> Result<ServerId, Error> {
-        if standing.status == "revoked" {
-            return Err(Error::ServerRevoked);
+    ) -> Result<(), Error> {
+        let now_ms = change.now_ms();
+        match standing.status.as_str() {
+            "revoked" => return Err(Error::ServerRevoked),
+            "quarantined" if !repeated && has_key(standing, key) => return Err(Error::KeyInUse),
+            _ => {}
         }
         if !repeated {
-            let now_ms = change.now_ms();
             change.rekey_server(standing.id, &key.sha256, now_ms).await?;
         }
         if standing.spki_sha256 != key.sha256 {
-            let now_ms = change.now_ms();
+            // Its new agent knows nothing of runs that the old one had begun.
+            change.interrupt_runs(standing.id, now_ms).await?;
             change.reissue_policies(standing.id, now_ms, || uuid::Uuid::now_v7().to_string()).await?;
             // Whoever still speaks with the old key is out.
             self.sessions.end(standing.id, End::Revoked);
         }
-        Ok(standing.id)
+        Ok(())
     }
 }
 
-fn check_token(token: &TokenRow, secret: &str, key: &ProvenKey, now_ms: i64) -> Result<(), Error> {
+/// Whether `key` is, or was announced as, the server's.
+fn has_key(standing: &Standing, key: &ProvenKey) -> bool {
+    standing.spki_sha256 == key.sha256 || standing.next_spki_sha256.as_ref() == Some(&key.sha256)
+}
+
+fn check_secret(token: &TokenRow, secret: &str) -> Result<(), Error> {
     let same = sha256_hex(secret.as_bytes()).as_bytes().ct_eq(token.secret_sha256.as_bytes());
-    if !bool::from(same) {
-        return Err(Error::TokenUnknown);
-    }
+    if bool::from(same) { Ok(()) } else { Err(Error::TokenUnknown) }
+}
+
+fn check_use(token: &TokenRow, key: &ProvenKey, now_ms: i64) -> Result<(), Error> {
     match &token.used {
         Some((used_by, _)) if *used_by != key.sha256 => Err(Error::TokenUsed),
         Some(_) if now_ms < token.expires_at_ms.saturating_add(RETRY_GRACE_MS) => Ok(()),

@@ -5,6 +5,7 @@
 use hestner_proto::PROTOCOL;
 use hestner_proto::v1;
 use rcgen::{CertificateParams, KeyPair};
+use sqlx::{Connection as _, SqliteConnection};
 
 use super::admission::{Identity, Refusal};
 use super::*;
@@ -15,13 +16,20 @@ const NOW_MS: i64 = 1_795_348_800_000;
 const HOUR: Duration = Duration::from_secs(3600);
 
 struct World {
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
     store: Store,
     clock: Arc<ManualClock>,
     enrolment: Enrolment,
 }
 
 impl World {
+    async fn audited(&self, action: &str) -> String {
+        let path = self.folder.path().join(store::FILE_NAME);
+        let mut raw = SqliteConnection::connect(&format!("sqlite://{}", path.display())).await.expect("opened");
+        let query = "SELECT coalesce(group_concat(details_json), '') FROM audit WHERE action = ?1";
+        sqlx::query_scalar(query).bind(action).fetch_one(&mut raw).await.expect("read")
+    }
+
     /// Two companies, `sha256:one` and `sha256:two`.
     async fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
@@ -36,7 +44,7 @@ impl World {
         let rules = Rules { trust_domain: "t.example".into(), certificate_life: HOUR };
         let counters = Arc::new(Counters::default());
         let enrolment = Enrolment::new(store.clone(), authority, Sessions::default(), rules, clock.clone(), counters);
-        Self { _folder: folder, store, clock, enrolment }
+        Self { folder, store, clock, enrolment }
     }
 
     async fn token(&self, company: i64, server: Option<ServerId>) -> String {
@@ -252,6 +260,10 @@ async fn a_renewed_key_takes_over_with_its_first_hello_and_not_before() {
     assert!(world.admit(&old).await.is_ok(), "the old key holds until the new one has spoken");
     assert!(world.admit(&new).await.is_ok());
     assert!(matches!(world.admit(&old).await, Err(Refusal::Unknown)));
+    let promoted = world.audited("server_key_promoted").await;
+    for peer in [&old, &new] {
+        assert!(promoted.contains(&world.identity(peer).spki_sha256), "{promoted}");
+    }
 }
 
 #[tokio::test]
@@ -262,5 +274,107 @@ async fn a_key_that_another_server_has_is_not_signed_in_a_renewal() {
     let thief = world.enrol(&world.token(1, None).await, &key()).await.expect("enrolled");
     let csr = CertificateParams::default().serialize_request(&victim).expect("a request");
     let refused = world.enrolment.renew(&world.identity(&thief), csr.der()).await.expect_err("refused");
-    assert_eq!(refused.code(), "key_in_use");
+    assert!(matches!(refused, Refusal::Failed(Error::KeyInUse)), "{refused}");
+}
+
+#[tokio::test]
+async fn a_key_that_was_replaced_or_shut_out_announces_no_other() {
+    let world = World::new().await;
+    let old = world.enrol(&world.token(1, None).await, &key()).await.expect("enrolled");
+    let renew = async |peer: &Enrolled, next: &KeyPair| {
+        let csr = CertificateParams::default().serialize_request(next).expect("a request");
+        world.enrolment.renew(&world.identity(peer), csr.der()).await
+    };
+    let announced = async || {
+        let mut tx = world.store.begin().await.expect("begun");
+        tx.standing(old.server).await.expect("read").expect("there").next_spki_sha256
+    };
+    // The thief's request waited while an operator enrolled the server anew.
+    let new = world.enrol(&world.token(1, Some(old.server)).await, &key()).await.expect("enrolled anew");
+    assert!(renew(&old, &key()).await.is_err());
+    assert_eq!(announced().await, None);
+    for status in ["quarantined", "revoked"] {
+        world.set_status(old.server, status).await;
+        assert!(renew(&new, &key()).await.is_err(), "{status}");
+        assert_eq!(announced().await, None, "{status}");
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_that_expires_after_the_handshake_opens_and_renews_nothing() {
+    let world = World::new().await;
+    let enrolled = world.enrol(&world.token(1, None).await, &key()).await.expect("enrolled");
+    let csr = CertificateParams::default().serialize_request(&key()).expect("a request");
+    world.clock.advance_ms(3_600_000);
+    assert!(matches!(world.admit(&enrolled).await, Err(Refusal::Expired)));
+    let renewed = world.enrolment.renew(&world.identity(&enrolled), csr.der()).await;
+    assert!(matches!(renewed, Err(Refusal::Expired)));
+}
+
+#[tokio::test]
+async fn whoever_is_shut_out_right_after_hello_is_not_admitted_any_more() {
+    let world = World::new().await;
+    let enrolled = world.enrol(&world.token(1, None).await, &key()).await.expect("enrolled");
+    world.admit(&enrolled).await.expect("admitted");
+    let peer = world.identity(&enrolled);
+    assert!(world.enrolment.still_admits(&peer).await.is_ok());
+    world.set_status(enrolled.server, "revoked").await;
+    assert!(matches!(world.enrolment.still_admits(&peer).await, Err(Refusal::Revoked)));
+}
+
+#[tokio::test]
+async fn a_wrong_token_does_not_wait_for_the_writer() {
+    let world = World::new().await;
+    let token = world.token(1, None).await;
+    let wrong = format!("{}{}", &token[..token.len() - 48], "0".repeat(48));
+    let _held = world.store.begin().await.expect("begun");
+    let refused = tokio::time::timeout(Duration::from_secs(2), world.enrol(&wrong, &key())).await;
+    assert_eq!(code(refused.expect("at once")), "token_unknown");
+}
+
+#[tokio::test]
+async fn a_new_token_lifts_a_quarantine_for_another_key_only_and_the_log_tells_both() {
+    let world = World::new().await;
+    let forked = key();
+    let enrolled = world.enrol(&world.token(1, None).await, &forked).await.expect("enrolled");
+    world.set_status(enrolled.server, "quarantined").await;
+    for server in [None, Some(enrolled.server)] {
+        assert_eq!(code(world.enrol(&world.token(1, server).await, &forked).await), "key_in_use");
+    }
+    world.enrol(&world.token(1, Some(enrolled.server)).await, &key()).await.expect("enrolled anew");
+    let audit = world.audited("server_enrolled").await;
+    assert!(audit.contains("\"status_before\":\"quarantined\""), "{audit}");
+    let key_before = format!("\"key_before\":\"{}\"", world.identity(&enrolled).spki_sha256);
+    assert!(audit.contains(&key_before), "{audit}");
+}
+
+#[tokio::test]
+async fn runs_that_a_former_agent_had_taken_fail_and_those_that_still_wait_go_on() {
+    use crate::store::directives::{Kind, NewDirective};
+    use crate::store::runs::RunFilter;
+    let world = World::new().await;
+    let server = world.enrol(&world.token(1, None).await, &key()).await.expect("enrolled").server;
+    let mut tx = world.store.begin().await.expect("begun");
+    for id in ["taken", "waits"] {
+        let new = NewDirective {
+            id,
+            server,
+            kind: Kind::Run,
+            service: id,
+            verb: "snapshot",
+            created_at_ms: NOW_MS,
+            expires_at_ms: i64::MAX,
+        };
+        tx.add_directive(&new).await.expect("added");
+        tx.add_queued_run(server, id, id, NOW_MS).await.expect("queued");
+    }
+    tx.directive_became_run(server, "taken", NOW_MS).await.expect("answered");
+    let running = v1::Run { run_uid: "u".into(), status: "running".into(), ..v1::Run::default() };
+    let running = crate::model::run::ReportedRun::from_wire(running).expect("a run");
+    tx.add_reported_run(server, &running, NOW_MS).await.expect("added");
+    tx.commit().await.expect("committed");
+    world.enrol(&world.token(1, Some(server)).await, &key()).await.expect("enrolled anew");
+    let runs = world.store.runs(server, &RunFilter { limit: 9, ..RunFilter::default() }).await.expect("read");
+    let shown: Vec<_> = runs.iter().map(|run| (run.status.as_str(), run.error_class.as_str())).collect();
+    assert_eq!(shown, [("failed", "interrupted"), ("queued", ""), ("failed", "interrupted")]);
 }

@@ -23,14 +23,16 @@ pub const RUN_WAITS: Duration = Duration::from_secs(24 * 3600);
 /// Bounds of what the caller may say.
 const RUN_WAITS_MIN: Duration = Duration::from_secs(1);
 const RUN_WAITS_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Services that a refusal names.
+const SERVICES_NAMED_MAX: usize = 20;
 const IDEMPOTENCY_KEPT_MS: i64 = 24 * 3_600_000;
 const IDEMPOTENCY_KEY_BYTES_MAX: usize = 200;
 
 /// A manual run that somebody asks for.
 #[derive(Clone, Debug)]
 pub struct SnapshotRequest {
-    /// The service.
-    pub service: String,
+    /// The service; the only one of the server that is set up for snapshots if none is named.
+    pub service: Option<String>,
     /// How long it may wait for the host.
     pub expires_in: Duration,
     /// The same key and request give the same run.
@@ -41,8 +43,8 @@ impl Fleet {
     /// Queues a manual run.
     ///
     /// # Errors
-    /// [`Error::NotFound`], [`Error::Invalid`], [`Error::UnknownService`], [`Error::TooManyDirectives`],
-    /// [`Error::IdempotencyMismatch`], or the store's.
+    /// [`Error::NotFound`], [`Error::Invalid`], [`Error::UnknownService`], [`Error::ServiceWanted`],
+    /// [`Error::TooManyDirectives`], [`Error::IdempotencyMismatch`], or the store's.
     pub async fn request_snapshot(
         &self,
         caller: Caller,
@@ -55,7 +57,7 @@ impl Fleet {
         let body = sha256_hex(format!("{:?} {:?}", request.service, request.expires_in).as_bytes());
         let mut change = self.store.change(caller.actor(), now_ms).await?;
         if let Some(key) = &request.idempotency_key
-            && let Some((run_id, known)) = change.run_of_key(server, key).await?
+            && let Some((run_id, known)) = change.run_of_key(server, key, now_ms - IDEMPOTENCY_KEPT_MS).await?
         {
             if known != body {
                 return Err(Error::IdempotencyMismatch);
@@ -63,7 +65,7 @@ impl Fleet {
             return change.run(server, run_id).await?.ok_or(Error::NotFound("run"));
         }
         // Only now: a repetition is answered even if the service has gone since.
-        self.check_service(server, &request.service).await?;
+        let service = self.service(server, request.service.as_deref()).await?;
         let open = change.open_runs(server).await?;
         if open >= OPEN_RUNS_MAX {
             return Err(Error::TooManyDirectives(open));
@@ -75,18 +77,18 @@ impl Fleet {
                 id: &directive,
                 server,
                 kind: Kind::Run,
-                service: &request.service,
+                service: &service,
                 verb: Verb::Snapshot.as_str(),
                 created_at_ms: now_ms,
                 expires_at_ms: now_ms.saturating_add(waits_ms),
             })
             .await?;
-        let run_id = change.add_queued_run(server, &request.service, &directive, now_ms).await?;
+        let run_id = change.add_queued_run(server, &service, &directive, now_ms).await?;
         if let Some(key) = &request.idempotency_key {
             change.keep_key(server, key, &body, run_id, now_ms, IDEMPOTENCY_KEPT_MS).await?;
         }
         let run = change.run(server, run_id).await?.ok_or(Error::NotFound("run"))?;
-        let details = serde_json::json!({ "service": request.service, "directive": directive });
+        let details = serde_json::json!({ "service": service, "directive": directive });
         change.commit(Some(company), "snapshot_requested", format!("server:{server}"), details).await?;
         self.sessions.wake(server);
         Ok(run)
@@ -95,14 +97,15 @@ impl Fleet {
     /// Adds or replaces a service's policy.
     ///
     /// # Errors
-    /// [`Error::NotFound`], [`Error::Invalid`], [`Error::UnknownService`], or the store's.
-    pub async fn put_policy(&self, caller: Caller, server: ServerId, input: &PolicyInput) -> Result<Policy, Error> {
+    /// [`Error::NotFound`], [`Error::Invalid`], [`Error::UnknownService`], [`Error::ServiceWanted`], or the store's.
+    pub async fn put_policy(&self, caller: Caller, server: ServerId, input: PolicyInput) -> Result<Policy, Error> {
         let company = self.visible(caller, server).await?;
-        let mistakes = policy::mistakes(input);
+        let mistakes = policy::mistakes(&input);
         if !mistakes.is_empty() {
             return Err(Error::Invalid(mistakes));
         }
-        self.check_service(server, &input.service).await?;
+        let named = Some(input.service.as_str()).filter(|name| !name.is_empty());
+        let input = PolicyInput { service: self.service(server, named).await?, ..input };
         let now_ms = self.clock.now_ms();
         let directive = new_id();
         let mut change = self.store.change(caller.actor(), now_ms).await?;
@@ -118,20 +121,27 @@ impl Fleet {
                 expires_at_ms: now_ms + POLICY_WAITS_MS,
             })
             .await?;
-        let policy = change.put_policy(server, input, &directive, now_ms).await?;
+        let policy = change.put_policy(server, &input, &directive, now_ms).await?;
         let details = serde_json::json!({ "policy": input, "directive": directive });
         change.commit(Some(company), "policy_put", format!("server:{server}"), details).await?;
         self.sessions.wake(server);
         Ok(policy.due_after(now_ms))
     }
 
-    /// A server that has told its services is asked only for those; one that has not is taken on trust.
-    async fn check_service(&self, server: ServerId, service: &str) -> Result<(), Error> {
+    /// The service that is meant. A server that has told its services is asked only for those; one that has not is
+    /// taken on trust. None need be named where only one is set up for snapshots.
+    async fn service(&self, server: ServerId, named: Option<&str>) -> Result<String, Error> {
         let known = self.store.services(server).await?;
-        if known.is_empty() || known.iter().any(|known| known.name == service) {
-            return Ok(());
+        if let Some(name) = named {
+            let fits = known.is_empty() || known.iter().any(|known| known.name == name);
+            return if fits { Ok(name.to_owned()) } else { Err(Error::UnknownService(name.to_owned())) };
         }
-        Err(Error::UnknownService(service.to_owned()))
+        let set_up = known.into_iter().filter(|known| !known.consistency.is_empty()).map(|known| known.name);
+        let mut names: Vec<String> = set_up.take(SERVICES_NAMED_MAX).collect();
+        match names.pop() {
+            Some(only) if names.is_empty() => Ok(only),
+            last => Err(Error::ServiceWanted(names.into_iter().chain(last).collect())),
+        }
     }
 
     /// Open directives of a server, for its session.
@@ -197,7 +207,7 @@ fn new_id() -> String {
 
 fn check_request(request: &SnapshotRequest) -> Result<(), Error> {
     let mut mistakes = Vec::new();
-    if let Err(mistake) = policy::check_name(&request.service) {
+    if let Some(Err(mistake)) = request.service.as_deref().map(policy::check_name) {
         mistakes.push(format!("service: {mistake}"));
     }
     if !(RUN_WAITS_MIN..=RUN_WAITS_MAX).contains(&request.expires_in) {

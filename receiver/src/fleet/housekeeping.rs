@@ -10,6 +10,7 @@ use tokio::time::MissedTickBehavior;
 
 use super::{Error, Fleet};
 use crate::lifecycle::Drain;
+use crate::platform::causes::chain;
 
 const WAKE_INTERVAL: Duration = Duration::from_secs(1);
 /// In ticks of [`WAKE_INTERVAL`].
@@ -38,7 +39,12 @@ impl Housekeeping {
                 () = drain.begun() => return,
             }
             if let Err(error) = self.step(tick).await {
-                tracing::warn!(event = "housekeeping_failed", component = "housekeeping", error = %error, "trying again at the next tick");
+                tracing::warn!(
+                    event = "housekeeping_failed",
+                    component = "housekeeping",
+                    error = chain(&error),
+                    "trying again at the next tick"
+                );
             }
         }
     }

@@ -35,6 +35,9 @@ pub enum Error {
     /// The last inventory names no such service.
     #[error("the server has no service `{0}`")]
     UnknownService(String),
+    /// No service was named, and not exactly one is set up for snapshots.
+    #[error("{}", service_wanted(.0))]
+    ServiceWanted(Vec<String>),
     /// Too many directives wait for the host.
     #[error("{0} directives wait for the server already")]
     TooManyDirectives(i64),
@@ -53,6 +56,13 @@ pub enum Error {
     /// No randomness for an id.
     #[error(transparent)]
     Random(#[from] random::NoRandomness),
+}
+
+fn service_wanted(names: &[String]) -> String {
+    if names.is_empty() {
+        return "service: none was named, and the server has told of none that is set up for snapshots".to_owned();
+    }
+    format!("service: none was named, and the server has several that are set up for snapshots: {}", names.join(", "))
 }
 
 /// See the module. Cheap to clone.

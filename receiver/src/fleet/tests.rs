@@ -39,7 +39,7 @@ impl World {
 
     async fn ask(&self, key: Option<&str>, service: &str) -> Result<Run, Error> {
         let request = SnapshotRequest {
-            service: service.into(),
+            service: Some(service.into()),
             expires_in: Duration::from_secs(60),
             idempotency_key: key.map(str::to_owned),
         };
@@ -47,7 +47,7 @@ impl World {
     }
 
     async fn put(&self, cron: &str) -> Policy {
-        self.fleet.put_policy(all(), SERVER, &policy(cron)).await.expect("put")
+        self.fleet.put_policy(all(), SERVER, policy(cron)).await.expect("put")
     }
 }
 
@@ -145,9 +145,44 @@ async fn a_service_that_the_inventory_does_not_name_is_refused_and_ids_stay_when
     assert!(ids.windows(2).all(|pair| pair[0] == pair[1]));
     assert!(matches!(world.ask(None, "nothing").await, Err(Error::UnknownService(_))));
     assert!(matches!(
-        world.fleet.put_policy(all(), SERVER, &PolicyInput { service: "x".into(), ..policy("") }).await,
+        world.fleet.put_policy(all(), SERVER, PolicyInput { service: "x".into(), ..policy("") }).await,
         Err(Error::UnknownService(_))
     ));
+}
+
+#[tokio::test]
+async fn the_service_may_be_left_out_where_only_one_is_set_up_for_snapshots() {
+    let world = World::new().await;
+    let unnamed = SnapshotRequest { service: None, expires_in: Duration::from_secs(60), idempotency_key: None };
+    let ask = async || world.fleet.request_snapshot(all(), SERVER, &unnamed).await;
+    let tell = async |set_up: &[&str]| {
+        let known = [("docs", "none"), ("db", "application"), ("sshd", "")];
+        let known = known.map(|(name, consistency)| v1::Service {
+            name: name.into(),
+            consistency: if set_up.contains(&name) { consistency.into() } else { String::new() },
+            ..Default::default()
+        });
+        let inventory = v1::Inventory { services: known.into(), ..Default::default() };
+        let mut tx = world.store.begin().await.expect("begun");
+        tx.replace_inventory(SERVER, &inventory, NOW_MS).await.expect("replaced");
+        tx.commit().await.expect("committed");
+    };
+    assert!(matches!(ask().await, Err(Error::ServiceWanted(names)) if names.is_empty()));
+    tell(&["docs", "db"]).await;
+    let refused = ask().await.expect_err("two").to_string();
+    assert!(refused.contains("db, docs") && !refused.contains("sshd"), "{refused}");
+    tell(&["docs"]).await;
+    assert_eq!(ask().await.expect("queued").service, "docs");
+    let put = world.fleet.put_policy(all(), SERVER, PolicyInput { service: String::new(), ..policy("") }).await;
+    assert_eq!(put.expect("put").input.service, "docs");
+}
+
+#[tokio::test]
+async fn an_idempotency_key_that_is_older_than_a_day_is_forgotten() {
+    let world = World::new().await;
+    let first = world.ask(Some("k"), "docs").await.expect("queued");
+    world.clock.advance_ms(24 * 3_600_000 + 1);
+    assert_ne!(world.ask(Some("k"), "docs").await.expect("queued").id, first.id);
 }
 
 #[tokio::test]

@@ -10,6 +10,7 @@ use tokio::time::MissedTickBehavior;
 
 use crate::lifecycle::Drain;
 use crate::model::counters::SharedCounters;
+use crate::platform::causes::chain;
 use crate::platform::clock::SharedClock;
 use crate::sessions::{Sessions, Unflushed};
 use crate::store::{self, Store};
@@ -77,7 +78,12 @@ impl Flusher {
         match self.write(&waiting).await {
             Ok(()) => self.counters.heartbeat_flushes.raise(),
             Err(error) => {
-                tracing::warn!(event = "flush_failed", component = "flush", error = %error, "heartbeats stay in memory until the next flush");
+                tracing::warn!(
+                    event = "flush_failed",
+                    component = "flush",
+                    error = chain(&error),
+                    "heartbeats stay in memory until the next flush"
+                );
                 self.counters.samples_dropped.add(self.sessions.put_back(waiting));
             }
         }

@@ -2,8 +2,9 @@
 //!
 //! Sessions submit numbered reports to one task, which commits whatever is waiting in one transaction (group
 //! commit) and only then answers with the numbers to acknowledge. A number that came before with the same hash
-//! is acknowledged and changes nothing; with another hash it is a fork: it is never acknowledged, the server is
-//! quarantined, and the audit log names both.
+//! is acknowledged and changes nothing; with another hash it is a fork: nothing that came with it is acknowledged,
+//! the server is quarantined, and the audit log names both. An acknowledgement never passes what its own session
+//! has shown with the stored content: a machine that was set back would throw away what it has written since.
 //!
 //! Every row is written for the server of the certificate; a report cannot name another one.
 //! Inbox: [`Inlet`] (bounded). Outputs: rows, and one [`Verdict`] a submission.
@@ -19,7 +20,7 @@ use hestner_proto::v1;
 use crate::model::cost::RateCard;
 use crate::model::counters::SharedCounters;
 use crate::model::report::{BadReport, NumberedReport};
-use crate::model::{CompanyId, ServerId};
+use crate::model::{CompanyId, ServerId, server};
 use crate::platform::clock::SharedClock;
 use crate::sessions::Sessions;
 use crate::store::{self, Store};
@@ -33,9 +34,9 @@ const INBOX_MAX: usize = 256;
 /// Why a submission was not taken in.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A report that can never be stored; those before it are.
-    #[error(transparent)]
-    Bad(#[from] BadReport),
+    /// An inventory beyond its bounds.
+    #[error("the inventory has {0}")]
+    BadInventory(String),
     /// The task is gone: the receiver is stopping.
     #[error("the receiver is stopping")]
     Stopping,
@@ -56,13 +57,19 @@ pub struct Origin {
     pub company: CompanyId,
     /// Address of the session.
     pub peer: String,
+    /// The outbox that the session named in its hello; it may report from no other.
+    pub epoch: String,
+    /// Highest number that the session has shown so far with the stored content, 0 for none.
+    pub shown: i64,
 }
 
 /// What became of a submission.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Verdict {
-    /// Outbox and highest number up to which everything is committed.
-    pub acks: Vec<(String, u64)>,
+    /// Highest number to acknowledge, if there is one.
+    pub ack: Option<u64>,
+    /// What [`Origin::shown`] is from now on.
+    pub shown: i64,
     /// Whether a number came with another content.
     pub forked: bool,
 }
@@ -115,7 +122,7 @@ impl Inlet {
         let mut reports = Vec::with_capacity(envelopes.len());
         let mut bad = None;
         for envelope in envelopes {
-            match NumberedReport::open(envelope) {
+            match open(&origin, envelope) {
                 Ok(report) => reports.push(report),
                 Err(error) => {
                     self.counters.messages_bad.raise();
@@ -125,7 +132,7 @@ impl Inlet {
             }
         }
         if reports.is_empty() {
-            return Ok((Verdict::default(), bad));
+            return Ok((Verdict { shown: origin.shown, ..Verdict::default() }, bad));
         }
         let (answer, answered) = oneshot::channel();
         let message = Message::Reports(Submission { origin, reports, answer });
@@ -137,8 +144,12 @@ impl Inlet {
     /// Replaces a server's inventory. Its hash is taken on trust: it only saves sending it again.
     ///
     /// # Errors
-    /// The store's.
+    /// [`Error::BadInventory`], or the store's.
     pub async fn inventory(&self, server: ServerId, inventory: &v1::Inventory) -> Result<(), Error> {
+        if let Some(mistake) = server::inventory_mistake(inventory) {
+            self.counters.messages_bad.raise();
+            return Err(Error::BadInventory(mistake));
+        }
         let mut tx = self.store.begin().await?;
         tx.replace_inventory(server, inventory, self.clock.now_ms()).await?;
         Ok(tx.commit().await?)
@@ -149,6 +160,14 @@ impl Inlet {
         let (answer, answered) = oneshot::channel();
         self.inbox.send(Message::Ping(answer)).await.is_ok() && answered.await.unwrap_or(false)
     }
+}
+
+fn open(origin: &Origin, envelope: v1::Envelope) -> Result<NumberedReport, BadReport> {
+    if envelope.epoch != origin.epoch {
+        let why = "it lies in another outbox than hello named".to_owned();
+        return Err(BadReport { seq: envelope.seq, why });
+    }
+    NumberedReport::open(envelope)
 }
 
 #[cfg(test)]

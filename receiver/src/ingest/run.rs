@@ -86,12 +86,12 @@ async fn book(
 ) -> store::Result<()> {
     let run = &reported.run;
     if !run.repository_id.is_empty() {
-        let as_of_ms = reported.finished_at_ms.min(now_ms);
-        tx.put_repository(server, &run.repository_id, &run.destination, run.repository_bytes, as_of_ms).await?;
+        tx.put_repository(server, &run.repository_id, &run.destination, run.repository_bytes, now_ms).await?;
     }
     let stored_bytes = tx.stored_bytes(server).await?;
-    let date = cost::ref_date(reported.finished_at_ms, now_ms);
-    let booked = tx.booked(server, &date.to_string(), cost::SNAPSHOT_STORAGE).await?;
+    let enrolled_at_ms = tx.standing(server).await?.map_or(0, |standing| standing.enrolled_at_ms);
+    let date = cost::ref_date(reported.finished_at_ms, enrolled_at_ms, now_ms);
+    let booked = tx.booked(server, &date.to_string(), cost::SNAPSHOT_STORAGE, &card.currency).await?;
     let booking = cost::storage_booking(card, date, stored_bytes, booked).ok_or_else(|| store::Error::Unreadable {
         what: "rate or amount",
         text: format!("{} for {stored_bytes} bytes", card.storage_gb_month),
@@ -107,7 +107,7 @@ fn metadata(booking: &Booking, run_uid: &str, card: &RateCard) -> serde_json::Va
         "gb": booking.gb,
         "price": card.storage_gb_month,
         "days": booking.days,
-        "currency": card.currency,
+        "currency": booking.currency,
         "booked_before": booking.booked_before,
     })
 }

@@ -3,7 +3,6 @@
 //! Inbox: submissions and pings. It takes all that wait, up to a bound, into one transaction. When that fails,
 //! each submission is tried alone, so that one host's poison does not hold up the others.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -14,10 +13,11 @@ use crate::model::Actor;
 use crate::model::cost::RateCard;
 use crate::model::counters::SharedCounters;
 use crate::model::report::{NumberedReport, Outcome, Report};
+use crate::platform::causes::chain;
 use crate::platform::clock::SharedClock;
 use crate::sessions::{End, Sessions};
 use crate::store::audit::Entry;
-use crate::store::directives::Kind;
+use crate::store::directives::{Answered, Kind};
 use crate::store::reports::Seen;
 use crate::store::{self, Store, Tx};
 
@@ -43,6 +43,7 @@ struct Taken {
     first: u64,
     repeated: u64,
     ignored_directives: u64,
+    unreadable: u64,
     /// Runs that ended, whose progress is over.
     ended: Vec<String>,
 }
@@ -86,22 +87,41 @@ impl Worker {
             self.commit_group(group).await;
         }
         if !pings.is_empty() {
-            let alive = self.empty_write().await.is_ok();
+            let alive = match self.beat_pulse().await {
+                Ok(()) => true,
+                Err(error) => {
+                    tracing::error!(
+                        event = "ping_failed",
+                        component = "ingest",
+                        error = chain(&error),
+                        "the writer cannot write"
+                    );
+                    false
+                }
+            };
             for answer in pings {
                 let _ = answer.send(alive);
             }
         }
     }
 
-    async fn empty_write(&self) -> store::Result<()> {
-        self.store.begin().await?.commit().await
+    /// A write that needs the disk: a commit of nothing would succeed on a full one.
+    async fn beat_pulse(&self) -> store::Result<()> {
+        let mut tx = self.store.begin().await?;
+        tx.beat_pulse(self.clock.now_ms()).await?;
+        tx.commit().await
     }
 
     async fn commit_group(&self, group: Vec<Submission>) {
         match self.commit(&group).await {
             Ok(taken) => self.answer(group, taken),
             Err(error) if group.len() > 1 => {
-                tracing::warn!(event = "group_failed", component = "ingest", error = %error, "a group of reports failed; trying one by one");
+                tracing::warn!(
+                    event = "group_failed",
+                    component = "ingest",
+                    error = chain(&error),
+                    "a group of reports failed; trying one by one"
+                );
                 for submission in group {
                     self.commit_alone(submission).await;
                 }
@@ -121,8 +141,7 @@ impl Worker {
     fn refuse(&self, group: Vec<Submission>, error: &store::Error) {
         for submission in group {
             let server = submission.origin.server;
-            let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
-            tracing::error!(event = "reports_not_stored", component = "ingest", server_id = %server, error = %error, cause, "not stored");
+            tracing::error!(event = "reports_not_stored", component = "ingest", server_id = %server, error = chain(error), "not stored");
             // Nobody listens any more when the session has ended; the agent sends again.
             let _ = submission.answer.send(Err(Error::NotStored));
         }
@@ -134,6 +153,7 @@ impl Worker {
             let server = submission.origin.server;
             self.counters.reports_committed.add(taken.first);
             self.counters.reports_repeated.add(taken.repeated);
+            self.counters.reports_unreadable.add(taken.unreadable);
             self.counters.directives_ignored.add(taken.ignored_directives);
             for run_uid in &taken.ended {
                 self.sessions.forget_progress(server, run_uid);
@@ -168,28 +188,26 @@ impl Worker {
         now_ms: i64,
     ) -> store::Result<Taken> {
         let mut taken = Taken::default();
-        let mut epochs = BTreeSet::new();
+        taken.verdict.shown = origin.shown;
         for report in reports {
             match tx.note_report(origin.server, report, &origin.peer, now_ms).await? {
                 Seen::First => {
                     taken.first += 1;
-                    self.apply(tx, origin, &report.report, now_ms, &mut taken).await?;
+                    self.apply(tx, origin, report, now_ms, &mut taken).await?;
                 }
                 Seen::Again => taken.repeated += 1,
                 Seen::Fork { sha256, peer } => {
                     quarantine(tx, origin, report, &sha256, &peer, now_ms).await?;
                     taken.verdict.forked = true;
-                    break;
+                    // What was written behind the fork must stay at the host, where a person can look at it.
+                    return Ok(taken);
                 }
             }
-            epochs.insert(report.epoch.as_str());
+            taken.verdict.shown = taken.verdict.shown.max(report.seq);
         }
-        for epoch in epochs {
-            let acked = tx.advance_ack(origin.server, epoch).await?;
-            if let Ok(acked @ 1..) = u64::try_from(acked) {
-                taken.verdict.acks.push((epoch.to_owned(), acked));
-            }
-        }
+        let committed = tx.advance_ack(origin.server, &origin.epoch).await?;
+        let ack = committed.min(taken.verdict.shown);
+        taken.verdict.ack = u64::try_from(ack).ok().filter(|ack| *ack > 0);
         Ok(taken)
     }
 
@@ -197,11 +215,11 @@ impl Worker {
         &self,
         tx: &mut Tx,
         origin: &Origin,
-        report: &Report,
+        report: &NumberedReport,
         now_ms: i64,
         taken: &mut Taken,
     ) -> store::Result<()> {
-        match report {
+        match &report.report {
             Report::Run(reported) => {
                 let effect = run::take(tx, origin.server, reported, &self.card, now_ms).await?;
                 taken.ignored_directives += u64::from(effect.ignored_directive);
@@ -217,20 +235,28 @@ impl Worker {
             }
             Report::Usage(usage) => tx.put_usage(origin.server, usage, now_ms).await,
             Report::Key(key) => tx.put_repository_key(origin.server, key, now_ms).await,
+            Report::Unreadable(unreadable) => {
+                tracing::error!(
+                    event = "report_unreadable", component = "ingest", server_id = %origin.server, tenant_id = %origin.company,
+                    epoch = report.epoch, seq = report.seq, why = unreadable.why, "kept a report that cannot be read"
+                );
+                taken.unreadable += 1;
+                tx.put_unreadable(origin.server, report, unreadable, now_ms).await
+            }
         }
     }
 }
 
-/// Stores a host's answer. False when the server has no such directive.
+/// Stores a host's answer; only the first one counts. False when the server has no such directive.
 async fn take_outcome(tx: &mut Tx, origin: &Origin, outcome: &Outcome, now_ms: i64) -> store::Result<bool> {
     match tx.answer_directive(origin.server, outcome, now_ms).await? {
-        None => return Ok(false),
-        Some(Kind::Policy) => tx.answer_policy(origin.server, outcome).await?,
-        Some(Kind::Run) if !outcome.accepted => {
+        Answered::Unknown => return Ok(false),
+        Answered::First(Kind::Policy) => tx.answer_policy(origin.server, outcome).await?,
+        Answered::First(Kind::Run) if !outcome.accepted => {
             let class = if outcome.code.is_empty() { "refused" } else { &outcome.code };
             tx.fail_queued_run(&outcome.directive_id, class, &outcome.message, now_ms).await?;
         }
-        Some(Kind::Run) => {}
+        Answered::First(Kind::Run) | Answered::Before => {}
     }
     Ok(true)
 }

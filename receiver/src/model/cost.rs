@@ -33,6 +33,8 @@ pub struct Booking {
     pub ref_date: String,
     /// What is added to the day; may be negative.
     pub amount: Decimal,
+    /// ISO 4217 code of the amount.
+    pub currency: String,
     /// Stored GB.
     pub gb: Decimal,
     /// Days of the month.
@@ -41,10 +43,14 @@ pub struct Booking {
     pub booked_before: Decimal,
 }
 
-/// The day a finished run is booked on: the agent's word, but never after the day of receipt.
-pub fn ref_date(finished_at_ms: i64, received_at_ms: i64) -> NaiveDate {
+/// The day a finished run is booked on: the agent's word, but never before the day its server was enrolled nor
+/// after the day of receipt. An agent's clock must not reach into months that are closed.
+pub fn ref_date(finished_at_ms: i64, enrolled_at_ms: i64, received_at_ms: i64) -> NaiveDate {
     let received = times::utc_date(received_at_ms);
-    if finished_at_ms <= 0 { received } else { times::utc_date(finished_at_ms).min(received) }
+    if finished_at_ms <= 0 {
+        return received;
+    }
+    times::utc_date(finished_at_ms).max(times::utc_date(enrolled_at_ms)).min(received)
 }
 
 /// The row that brings a day from `booked_before` to the cost of `stored_bytes`; `None` only for numbers
@@ -55,7 +61,8 @@ pub fn storage_booking(card: &RateCard, date: NaiveDate, stored_bytes: i64, book
     let whole = gb.checked_mul(card.storage_gb_month)?.checked_div(Decimal::from(days))?;
     let target = whole.round_dp_with_strategy(AMOUNT_DECIMALS, RoundingStrategy::MidpointNearestEven);
     let amount = target.checked_sub(booked_before)?;
-    Some(Booking { ref_date: date.to_string(), amount, gb: gb.normalize(), days, booked_before })
+    let currency = card.currency.clone();
+    Some(Booking { ref_date: date.to_string(), amount, currency, gb: gb.normalize(), days, booked_before })
 }
 
 /// A row of the ledger as REST shows it. Amounts are decimal strings.
@@ -70,6 +77,8 @@ pub struct LedgerRow {
     /// What the row adds to the day.
     #[schema(value_type = String, example = "0.001667")]
     pub amount: Decimal,
+    /// ISO 4217 code of the amount.
+    pub currency: String,
     /// What caused it, such as `snapshot_storage`.
     pub source: String,
     /// The run that caused it, if one did.
@@ -81,11 +90,13 @@ pub struct LedgerRow {
     pub booked_at: String,
 }
 
-/// Sum of one source's rows.
+/// Sum of one source's rows in one currency.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct SourceTotal {
     /// The source.
     pub source: String,
+    /// ISO 4217 code of the sum.
+    pub currency: String,
     /// The sum.
     #[schema(value_type = String)]
     pub amount: Decimal,
@@ -98,15 +109,17 @@ pub struct MonthlyCosts {
     pub server_id: i64,
     /// `YYYY-MM`.
     pub month: String,
-    /// ISO 4217 code.
+    /// ISO 4217 code of the rate card.
     pub currency: String,
-    /// Sum of all rows.
+    /// Sum of all rows in `currency`, whether listed or not.
     #[schema(value_type = String)]
     pub total: Decimal,
-    /// Sums by source.
+    /// Sums of all rows by source and currency.
     pub totals: Vec<SourceTotal>,
-    /// The rows, oldest first.
+    /// The rows, oldest first; at most 10,000.
     pub rows: Vec<LedgerRow>,
+    /// Whether there are more rows than are listed.
+    pub rows_truncated: bool,
 }
 
 #[cfg(test)]
@@ -122,9 +135,18 @@ mod tests {
     #[test]
     fn a_run_that_finishes_in_the_future_is_booked_on_the_day_of_receipt() {
         let received = 1_763_782_409_000;
-        assert_eq!(ref_date(received + 10 * 86_400_000, received), times::utc_date(received));
-        assert_eq!(ref_date(0, received), times::utc_date(received));
-        assert_eq!(ref_date(received - 86_400_000, received), times::utc_date(received - 86_400_000));
+        assert_eq!(ref_date(received + 10 * 86_400_000, 1, received), times::utc_date(received));
+        assert_eq!(ref_date(0, 1, received), times::utc_date(received));
+        assert_eq!(ref_date(received - 86_400_000, 1, received), times::utc_date(received - 86_400_000));
+    }
+
+    #[test]
+    fn a_run_that_finished_before_its_server_was_enrolled_is_booked_on_the_day_of_enrolment() {
+        let received = 1_763_782_409_000;
+        let enrolled = received - 2 * 86_400_000;
+        assert_eq!(ref_date(received - 400 * 86_400_000, enrolled, received), times::utc_date(enrolled));
+        // A receiver whose clock was set back since books on its own day, not in the future.
+        assert_eq!(ref_date(1, received + 86_400_000, received), times::utc_date(received));
     }
 
     #[test]

@@ -59,6 +59,8 @@ counters! {
     reports_repeated,
     /// Transactions that committed reports
     report_commits,
+    /// Reports that were kept although they could not be read
+    reports_unreadable,
     /// Messages that could not be read
     messages_bad,
     /// Forks: a report number that came with two contents

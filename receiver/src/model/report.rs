@@ -1,7 +1,8 @@
 //! Reports: taking an envelope apart and checking it before anything is stored.
 //!
-//! In: the bytes of an envelope. Out: a [`Report`], or a sentence on why it can never be read. The hash
-//! stands over the body's bytes as they came, so a fork is told from a repetition byte by byte.
+//! In: the bytes of an envelope. Out: a [`Report`], or a sentence on why it can never be stored. The hash
+//! stands over the body's bytes as they came, so a fork is told from a repetition byte by byte. A body that this
+//! receiver cannot read is a report too: it is kept as it came, so that it holds up nothing behind it.
 
 use hestner_proto::v1;
 use prost::Message as _;
@@ -10,6 +11,8 @@ use super::run::{ReportedRun, cut, number};
 
 /// Longest epoch, in characters.
 const EPOCH_BYTES_MAX: usize = 64;
+/// Longest reason for a body that cannot be read.
+const WHY_BYTES_MAX: usize = 512;
 
 /// A numbered report that can be stored.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,6 +38,23 @@ pub enum Report {
     Usage(Usage),
     /// Of a repository's key.
     Key(RepositoryKey),
+    /// Of something that this receiver does not understand, such as what a newer agent says.
+    Unreadable(Unreadable),
+}
+
+/// A body that could not be read. `Debug` does not show it: it may hold a key.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Unreadable {
+    /// The bytes as they came.
+    pub body: Vec<u8>,
+    /// What is wrong with them.
+    pub why: String,
+}
+
+impl std::fmt::Debug for Unreadable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Unreadable {{ why: {:?}, .. }}", self.why)
+    }
 }
 
 /// The host's answer to a directive.
@@ -73,7 +93,7 @@ pub struct RepositoryKey {
     pub key: EscrowedKey,
 }
 
-/// How a key is kept. `Debug` shows no key.
+/// How a key is kept. Has no `Debug`: it is the key.
 #[derive(Clone, PartialEq, Eq)]
 pub enum EscrowedKey {
     /// Encrypted for the company's recovery key.
@@ -107,7 +127,7 @@ impl NumberedReport {
     /// Takes an envelope apart.
     ///
     /// # Errors
-    /// [`BadReport`], when number, hash or body cannot be right.
+    /// [`BadReport`], when number, epoch or hash cannot be right.
     pub fn open(envelope: v1::Envelope) -> Result<Self, BadReport> {
         let number_on_wire = envelope.seq;
         let bad = |why: String| BadReport { seq: number_on_wire, why };
@@ -120,8 +140,10 @@ impl NumberedReport {
         if hash != envelope.sha256 {
             return Err(bad("its hash is not that of its body".to_owned()));
         }
-        let wire = v1::Report::decode(envelope.body.as_slice()).map_err(|error| bad(error.to_string()))?;
-        let report = Report::from_wire(wire).map_err(bad)?;
+        let decoded = v1::Report::decode(envelope.body.as_slice()).map_err(|error| error.to_string());
+        let report = decoded
+            .and_then(Report::from_wire)
+            .unwrap_or_else(|why| Report::Unreadable(Unreadable { body: envelope.body, why: cut(why, WHY_BYTES_MAX) }));
         Ok(Self { epoch: envelope.epoch, seq, sha256: hash, report })
     }
 }

@@ -3,6 +3,8 @@
 //! In: what an agent reported. Out: a [`Run`] with every number and text bounded. A finished run is never
 //! changed by a later or repeated report, so order and repetition of reports cannot matter.
 
+use std::collections::BTreeSet;
+
 use hestner_proto::v1;
 use hestner_proto::words::{ErrorClass, RunStatus};
 use serde::Serialize;
@@ -10,9 +12,16 @@ use utoipa::ToSchema;
 
 use super::times;
 
-const LOG_TAIL_BYTES_MAX: usize = 64 * 1024;
+/// Longest id of a run, in bytes.
+pub const RUN_UID_BYTES_MAX: usize = 64;
+/// Most runs that one report may declare expired.
+pub const EXPIRED_RUNS_MAX: usize = 10_000;
+/// An agent keeps half of this.
+const LOG_TAIL_BYTES_MAX: usize = 16 * 1024;
 const TEXT_BYTES_MAX: usize = 4 * 1024;
 const LIST_ITEMS_MAX: usize = 100;
+/// All texts of a list together.
+const LIST_BYTES_MAX: usize = 16 * 1024;
 
 /// One execution.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, ToSchema)]
@@ -73,8 +82,6 @@ pub struct Run {
     pub unreadable: i64,
     /// Entries that vanished while they were read.
     pub vanished: i64,
-    /// The first of the unreadable entries.
-    pub unreadable_names: Vec<String>,
     /// SHA-256 of the artifact's root object.
     pub checksum: String,
     /// Where the artifact lies.
@@ -87,14 +94,28 @@ pub struct Run {
     pub repository_bytes: i64,
     /// The repository.
     pub repository_id: String,
-    /// Last lines of hooks and archiver.
-    pub log_tail: String,
-    /// Remarks that did not make it fail.
-    pub warnings: Vec<String>,
     /// When retention removed its artifact, RFC 3339.
     pub expired_at: Option<String>,
     /// How far a running run is; from memory, so it may be missing.
     pub progress: Option<Progress>,
+    /// Only where one run is shown.
+    #[serde(flatten)]
+    #[schema(value_type = RunDetails)]
+    pub details: Option<RunDetails>,
+}
+
+/// The long texts of a run, each at most 16 KiB. Listings leave them out.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, ToSchema)]
+pub struct RunDetails {
+    /// The first of the unreadable entries.
+    #[schema(required = false)]
+    pub unreadable_names: Vec<String>,
+    /// Last lines of hooks and archiver.
+    #[schema(required = false)]
+    pub log_tail: String,
+    /// Remarks that did not make it fail.
+    #[schema(required = false)]
+    pub warnings: Vec<String>,
 }
 
 /// How far a running run is.
@@ -134,6 +155,8 @@ pub struct ReportedRun {
     pub run: Run,
     /// Where it stands.
     pub status: RunStatus,
+    /// Its long texts.
+    pub details: RunDetails,
     /// The agent's id of it.
     pub run_uid: String,
     /// The directive it answers.
@@ -144,8 +167,8 @@ pub struct ReportedRun {
     pub finished_at_ms: i64,
     /// When it was read back.
     pub verified_at_ms: i64,
-    /// Runs whose artifacts retention removed.
-    pub expired_runs: Vec<String>,
+    /// Runs whose artifacts retention removed, each once.
+    pub expired_runs: BTreeSet<String>,
 }
 
 /// Cuts `text` to at most `bytes_max` bytes at a character's edge.
@@ -177,8 +200,19 @@ pub fn number(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
+/// The first texts of a list, as many as fit.
 fn texts(list: Vec<String>) -> Vec<String> {
-    list.into_iter().take(LIST_ITEMS_MAX).map(|text| cut(text, TEXT_BYTES_MAX)).collect()
+    let mut room = LIST_BYTES_MAX;
+    let mut kept = Vec::new();
+    for text in list.into_iter().take(LIST_ITEMS_MAX) {
+        let text = cut(text, TEXT_BYTES_MAX.min(room));
+        room -= text.len();
+        kept.push(text);
+        if room == 0 {
+            break;
+        }
+    }
+    kept
 }
 
 impl ReportedRun {
@@ -188,8 +222,11 @@ impl ReportedRun {
     /// A sentence, when the run has no id or a status this receiver does not know.
     pub fn from_wire(run: v1::Run) -> Result<Self, String> {
         let status: RunStatus = run.status.parse().map_err(|error| format!("run `{}`: {error}", run.run_uid))?;
-        if run.run_uid.is_empty() || run.run_uid.len() > 64 {
-            return Err("a run without an id, or with one longer than 64 bytes".to_owned());
+        if !(1..=RUN_UID_BYTES_MAX).contains(&run.run_uid.len()) {
+            return Err(format!("a run without an id, or with one longer than {RUN_UID_BYTES_MAX} bytes"));
+        }
+        if run.expired_runs.len() > EXPIRED_RUNS_MAX {
+            return Err(format!("run `{}`: more than {EXPIRED_RUNS_MAX} expired runs", run.run_uid));
         }
         let (started_at_ms, finished_at_ms) = (run.started_at_ms.max(0), run.finished_at_ms.max(0));
         let verified_at_ms = run.verified_at_ms.max(0);
@@ -202,8 +239,12 @@ impl ReportedRun {
             started_at_ms,
             finished_at_ms,
             verified_at_ms,
-            // As many as one message can hold; each is only looked up.
-            expired_runs: run.expired_runs,
+            expired_runs: run.expired_runs.into_iter().filter(|uid| uid.len() <= RUN_UID_BYTES_MAX).collect(),
+            details: RunDetails {
+                unreadable_names: texts(run.unreadable_names),
+                log_tail: cut_front(run.log_tail, LOG_TAIL_BYTES_MAX),
+                warnings: texts(run.warnings),
+            },
             run: Run {
                 service: cut(run.service, 256),
                 policy_id: Some(run.policy_id).filter(|id| *id != 0),
@@ -224,14 +265,11 @@ impl ReportedRun {
                 files: number(run.files),
                 unreadable: number(run.unreadable),
                 vanished: number(run.vanished),
-                unreadable_names: texts(run.unreadable_names),
                 checksum: cut(run.checksum, 128),
                 artifact_url: cut(run.artifact_url, TEXT_BYTES_MAX),
                 destination: cut(run.destination, 256),
                 repository_bytes: number(run.repository_bytes),
                 repository_id: cut(run.repository_id, 128),
-                log_tail: cut_front(run.log_tail, LOG_TAIL_BYTES_MAX),
-                warnings: texts(run.warnings),
                 ..Run::default()
             },
         })
@@ -288,16 +326,30 @@ mod tests {
             log_tail: "é".repeat(LOG_TAIL_BYTES_MAX),
             error_message: "é".repeat(TEXT_BYTES_MAX),
             unreadable_names: vec!["n".into(); 10_000],
+            warnings: vec!["é".repeat(TEXT_BYTES_MAX); 10_000],
             size_bytes: u64::MAX,
             started_at_ms: i64::MIN,
             ..v1::Run::default()
         };
         let reported = ReportedRun::from_wire(wire).expect("fine otherwise");
-        assert!(
-            reported.run.log_tail.len() <= LOG_TAIL_BYTES_MAX && reported.run.error_message.len() <= TEXT_BYTES_MAX
-        );
-        assert_eq!(reported.run.unreadable_names.len(), LIST_ITEMS_MAX);
+        let RunDetails { unreadable_names, log_tail, warnings } = reported.details;
+        assert!(log_tail.len() <= LOG_TAIL_BYTES_MAX && reported.run.error_message.len() <= TEXT_BYTES_MAX);
+        assert_eq!(unreadable_names.len(), LIST_ITEMS_MAX);
+        assert_eq!(warnings.iter().map(String::len).sum::<usize>(), LIST_BYTES_MAX);
         assert_eq!((reported.run.size_bytes, reported.started_at_ms), (i64::MAX, 0));
+    }
+
+    #[test]
+    fn more_expired_runs_than_a_host_can_have_are_refused_and_repetitions_count_once() {
+        let wire = |expired_runs| v1::Run {
+            run_uid: "u".into(),
+            status: "success".into(),
+            expired_runs,
+            ..v1::Run::default()
+        };
+        assert!(ReportedRun::from_wire(wire(vec![String::new(); EXPIRED_RUNS_MAX + 1])).is_err());
+        let reported = ReportedRun::from_wire(wire(vec!["a".into(), "a".into(), "x".repeat(65)])).expect("fine");
+        assert_eq!(reported.expired_runs, BTreeSet::from(["a".to_owned()]));
     }
 
     #[test]

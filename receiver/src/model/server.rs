@@ -76,6 +76,24 @@ pub struct Server {
     pub inventory_at: Option<String>,
 }
 
+/// Services that an inventory may name.
+pub const SERVICES_MAX: usize = 5_000;
+/// Grants that an inventory may name.
+const GRANTS_MAX: usize = 50_000;
+/// Destinations that an inventory may name.
+const DESTINATIONS_MAX: usize = 100;
+
+/// What an inventory has too much of, if it does. One host must not be able to hold the writer for long.
+pub fn inventory_mistake(inventory: &v1::Inventory) -> Option<String> {
+    let lists = [
+        ("services", inventory.services.len(), SERVICES_MAX),
+        ("grants", inventory.grants.len(), GRANTS_MAX),
+        ("destinations", inventory.destinations.len(), DESTINATIONS_MAX),
+    ];
+    let too_long = lists.into_iter().find(|(_, count, max)| count > max);
+    too_long.map(|(what, count, max)| format!("{count} {what}; {max} is the most"))
+}
+
 /// Host facts.
 #[derive(Clone, Debug, Default, Serialize, ToSchema)]
 pub struct Host {

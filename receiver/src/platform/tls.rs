@@ -2,7 +2,8 @@
 //!
 //! In: a bound socket and a rustls configuration, or none for plain TCP. Out: streams, one a call of
 //! [`Listener::accept`], with the peer's address. Handshakes run side by side under a bound and a
-//! deadline, so a client that says nothing delays nobody. It never looks into certificates.
+//! deadline, so a few clients that say nothing delay nobody; as many as the bound delay others until the deadline.
+//! It never looks into certificates.
 
 use std::io;
 use std::net::SocketAddr;

@@ -3,6 +3,7 @@
 //! In: what axum hands over. Out: typed values. The caller is read before the body, so that somebody without a key
 //! learns nothing about what a body must look like.
 
+use axum::body::HttpBody as _;
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::header;
@@ -23,19 +24,13 @@ impl FromRequestParts<State> for Authenticated {
     type Rejection = Refused;
 
     async fn from_request_parts(parts: &mut Parts, state: &State) -> Result<Self, Refused> {
-        let caller = state.auth.authenticate(bearer(parts)).await;
+        let shown = parts.headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let caller = state.auth.authenticate(shown.and_then(auth::bearer)).await;
         if matches!(caller, Err(auth::Error::Missing | auth::Error::Invalid)) {
             state.counters.keys_refused.raise();
         }
         Ok(Self(caller?))
     }
-}
-
-/// The text after `Bearer`, whose case does not matter.
-fn bearer(parts: &Parts) -> Option<&str> {
-    let text = parts.headers.get(header::AUTHORIZATION)?.to_str().ok()?;
-    let (scheme, key) = text.split_once(' ')?;
-    scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
 }
 
 /// The path's parameters. A text that is no id names nothing, so it is "not found".
@@ -71,6 +66,20 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
     async fn from_request(request: Request, state: &S) -> Result<Self, Refused> {
         let read = axum::Json::<T>::from_request(request, state).await;
         read.map(|body| Self(body.0)).map_err(|error| body_problem(&error).into())
+    }
+}
+
+/// A JSON body that may be missing altogether.
+pub(super) struct MaybeBody<T>(pub(super) Option<T>);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for MaybeBody<T> {
+    type Rejection = Refused;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Refused> {
+        if request.body().size_hint().exact() == Some(0) {
+            return Ok(Self(None));
+        }
+        Body::from_request(request, state).await.map(|Body(body)| Self(Some(body)))
     }
 }
 

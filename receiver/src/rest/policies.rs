@@ -25,7 +25,7 @@ pub(super) async fn put(
     Path(server): Path<i64>,
     Body(input): Body<PolicyInput>,
 ) -> Result<Json<Policy>, Refused> {
-    Ok(Json(state.fleet.put_policy(caller, ServerId(server), &input).await?))
+    Ok(Json(state.fleet.put_policy(caller, ServerId(server), input).await?))
 }
 
 /// Policies of a server, by service.

@@ -8,6 +8,7 @@ use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 
 use crate::model::problem::Problem;
+use crate::platform::causes::chain;
 use crate::{auth, costs, fleet};
 
 /// A problem on its way out.
@@ -36,8 +37,7 @@ impl IntoResponse for Refused {
 
 /// What failed inside goes into the log; outside it is only said that it failed.
 pub(super) fn internal(error: &dyn std::error::Error) -> Refused {
-    let cause = error.source().map(ToString::to_string).unwrap_or_default();
-    tracing::error!(event = "request_failed", component = "rest", error = %error, cause, "a request failed");
+    tracing::error!(event = "request_failed", component = "rest", error = chain(error), "a request failed");
     Refused(Problem::internal())
 }
 
@@ -61,6 +61,9 @@ impl From<fleet::Error> for Refused {
             Error::Invalid(_) | Error::RecoveryKey(_) => Problem::invalid(detail),
             Error::UnknownService(_) => {
                 Problem::new(422, "unknown_service", detail, "name a service of GET /v1/servers/{id}/services")
+            }
+            Error::ServiceWanted(_) => {
+                Problem::new(422, "service_wanted", detail, "name one service in the member `service`")
             }
             Error::TooManyDirectives(_) => {
                 Problem::new(429, "too_many_directives", detail, "wait until the server has answered").retryable()

@@ -12,7 +12,7 @@ use hestner_proto::words::RunStatus;
 use serde::Deserialize;
 use utoipa::{IntoParams, ToSchema};
 
-use super::extract::{Authenticated, Body, Path, Query};
+use super::extract::{Authenticated, MaybeBody, Path, Query};
 use super::problems::Refused;
 use super::{Items, State};
 use crate::fleet::RunFilter;
@@ -34,11 +34,11 @@ pub(super) struct SnapshotBody {
     expires_in: Option<String>,
 }
 
-/// Asks for a snapshot. The host decides whether it is taken. With an `Idempotency-Key` header, the same key and
-/// body give the same run for a day.
+/// Asks for a snapshot. The host decides whether it is taken. Without a body, the service is the only one that is
+/// set up for snapshots. With an `Idempotency-Key` header, the same key and body give the same run for a day.
 #[utoipa::path(post, path = "/v1/servers/{server_id}/snapshots", tag = "snapshots",
     params(("server_id" = i64, Path), ("Idempotency-Key" = Option<String>, Header)),
-    request_body = SnapshotBody,
+    request_body = Option<SnapshotBody>,
     responses((status = 202, body = Run, headers(("Location" = String, description = "where the run can be looked at"))),
         (status = "default", body = Problem, content_type = "application/problem+json")))]
 pub(super) async fn request(
@@ -46,13 +46,15 @@ pub(super) async fn request(
     Authenticated(caller): Authenticated,
     Path(server): Path<i64>,
     headers: HeaderMap,
-    Body(body): Body<SnapshotBody>,
+    MaybeBody(body): MaybeBody<SnapshotBody>,
 ) -> Result<impl IntoResponse, Refused> {
-    let expires_in = body.expires_in.as_deref().map_or(Ok(RUN_WAITS), span::parse);
+    let (service, expires_in) = body.map(|body| (body.service, body.expires_in)).unzip();
+    let expires_in = expires_in.flatten();
+    let expires_in = expires_in.as_deref().map_or(Ok(RUN_WAITS), span::parse);
     let expires_in = expires_in.map_err(|error| Problem::invalid(format!("expires_in: {error}")))?;
     let key = headers.get("idempotency-key").map(|value| value.to_str().map(str::to_owned)).transpose();
     let idempotency_key = key.map_err(|_| Problem::invalid("Idempotency-Key: must be printable ASCII"))?;
-    let request = SnapshotRequest { service: body.service, expires_in, idempotency_key };
+    let request = SnapshotRequest { service, expires_in, idempotency_key };
     let run = state.fleet.request_snapshot(caller, ServerId(server), &request).await?;
     let location = format!("/v1/servers/{server}/snapshots/{}", run.id);
     Ok((StatusCode::ACCEPTED, [(header::LOCATION, location)], Json(run)))
@@ -72,7 +74,7 @@ pub(super) struct RunsQuery {
     before: Option<i64>,
 }
 
-/// Runs of a server, newest first.
+/// Runs of a server, newest first, without `log_tail`, `warnings` and `unreadable_names`: one run shows them.
 #[utoipa::path(get, path = "/v1/servers/{server_id}/snapshots", tag = "snapshots",
     params(("server_id" = i64, Path), RunsQuery),
     responses((status = 200, body = Items<Run>), (status = "default", body = Problem, content_type = "application/problem+json")))]

@@ -193,6 +193,19 @@ impl Tx {
 }
 
 impl Store {
+    /// A join token, without waiting for the writer.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub async fn token(&self, id: i64) -> Result<Option<TokenRow>> {
+        let row = sqlx::query("SELECT * FROM join_tokens WHERE id = ?1")
+            .bind(id)
+            .fetch_optional(&self.readers)
+            .await
+            .during("read a join token")?;
+        Ok(row.as_ref().map(token))
+    }
+
     /// The companies that `scope` covers, by id; at most 1,000.
     ///
     /// # Errors

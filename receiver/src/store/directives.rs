@@ -42,6 +42,17 @@ pub struct NewDirective<'a> {
     pub expires_at_ms: i64,
 }
 
+/// What an answer to a directive met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answered {
+    /// The server has no such directive.
+    Unknown,
+    /// It is the first answer of the host, and is stored.
+    First(Kind),
+    /// The host had answered; nothing is changed.
+    Before,
+}
+
 /// A directive that expired.
 #[derive(Clone, Debug)]
 pub struct Expired {
@@ -134,19 +145,19 @@ impl Tx {
         Ok(())
     }
 
-    /// Stores a host's answer; `None` when the server has no such directive. The first answer stays.
+    /// Stores a host's answer. The first one stays; what the centre wrote for want of one does not.
     ///
     /// # Errors
     /// When the row cannot be written.
-    pub async fn answer_directive(&mut self, server: ServerId, outcome: &Outcome, now_ms: i64) -> Result<Option<Kind>> {
+    pub async fn answer_directive(&mut self, server: ServerId, outcome: &Outcome, now_ms: i64) -> Result<Answered> {
         let row = sqlx::query("SELECT kind FROM directives WHERE id = ?1 AND server_id = ?2")
             .bind(&outcome.directive_id)
             .bind(server.0)
             .fetch_optional(self.connection())
             .await
             .during("look up a directive")?;
-        let Some(row) = row else { return Ok(None) };
-        sqlx::query(
+        let Some(row) = row else { return Ok(Answered::Unknown) };
+        let stored = sqlx::query(
             "UPDATE directives SET answered_at_ms = ?2, answer = ?3, code = ?4, message = ?5
              WHERE id = ?1 AND (answered_at_ms IS NULL OR answer IN ('expired', 'superseded'))",
         )
@@ -158,7 +169,7 @@ impl Tx {
         .execute(self.connection())
         .await
         .during("store an outcome")?;
-        Ok(Some(kind(&row)))
+        Ok(if stored.rows_affected() == 0 { Answered::Before } else { Answered::First(kind(&row)) })
     }
 
     /// Notes that a run answers its directive, which the server must own.

@@ -29,6 +29,8 @@ use crate::platform::files;
 
 /// Name of the database's file in the state folder.
 pub const FILE_NAME: &str = "receiver.db";
+/// Name of the file that keeps two migrations apart: SQLite's own locks do not, they end with each statement.
+const LOCK_FILE: &str = "store.lock";
 /// Oldest SQLite without the WAL-reset corruption bug (<https://sqlite.org/wal.html#walresetbug>).
 const SQLITE_VERSION_MIN: (u32, u32, u32) = (3, 51, 3);
 /// Readers at once; more only fight for the same pages.
@@ -79,6 +81,21 @@ pub enum Error {
         /// What it is.
         text: String,
     },
+}
+
+/// SQLite's code for "database or disk is full" (<https://sqlite.org/rescode.html#full>).
+const SQLITE_FULL: &str = "13";
+
+impl Error {
+    /// Whether there is no room on the disk.
+    pub fn is_full(&self) -> bool {
+        let source = match self {
+            Self::Open { source, .. } | Self::Statement { source, .. } => source,
+            Self::Migrate(sqlx::migrate::MigrateError::Execute(source)) => source,
+            _ => return false,
+        };
+        source.as_database_error().and_then(|error| error.code()).is_some_and(|code| code == SQLITE_FULL)
+    }
 }
 
 /// Result of a store operation.
@@ -134,7 +151,7 @@ impl Store {
         let pool = || SqlitePoolOptions::new().acquire_timeout(ACQUIRE_TIME_MAX);
         let writer = pool().max_connections(1).connect_with(options.clone()).await.map_err(opened)?;
         check_version(&writer).await?;
-        sqlx::migrate!("./migrations").run(&writer).await.map_err(Error::Migrate)?;
+        migrate(&writer, state_dir.join(LOCK_FILE)).await?;
         let readers =
             pool().max_connections(READERS_MAX).connect_with(options.read_only(true)).await.map_err(opened)?;
         Ok(Self { writer, readers })
@@ -163,6 +180,16 @@ impl Store {
     }
 }
 
+async fn migrate(writer: &SqlitePool, lock_path: PathBuf) -> Result<()> {
+    let path = lock_path.clone();
+    // Whoever holds it may be a task of this very thread, so waiting for it must not block the thread.
+    let locked = tokio::task::spawn_blocking(move || files::lock(&path)).await;
+    let _lock = locked
+        .map_err(|error| files::Error::Write { path: lock_path, source: std::io::Error::other(error) })
+        .flatten()?;
+    sqlx::migrate!("./migrations").run(writer).await.map_err(Error::Migrate)
+}
+
 async fn check_version(pool: &SqlitePool) -> Result<()> {
     let version: String =
         sqlx::query_scalar("SELECT sqlite_version()").fetch_one(pool).await.during("ask its version")?;
@@ -174,6 +201,19 @@ async fn check_version(pool: &SqlitePool) -> Result<()> {
 impl Tx {
     fn connection(&mut self) -> &mut SqliteConnection {
         &mut self.0
+    }
+
+    /// Writes that the writer lives, so that the commit is one that needs the disk.
+    ///
+    /// # Errors
+    /// When the row cannot be written.
+    pub async fn beat_pulse(&mut self, now_ms: i64) -> Result<()> {
+        sqlx::query("UPDATE worker_pulse SET at_ms = ?1")
+            .bind(now_ms)
+            .execute(self.connection())
+            .await
+            .during("write its pulse")?;
+        Ok(())
     }
 
     /// Makes everything of this transaction durable.
@@ -224,6 +264,8 @@ impl DerefMut for Change {
 
 #[cfg(test)]
 mod tests {
+    use sqlx::Executor as _;
+
     use super::*;
 
     #[tokio::test]
@@ -234,6 +276,21 @@ mod tests {
         change.add_company("acme", "age1x", "sha256:x", 1).await.expect("inserted");
         drop(change);
         assert_eq!(store.companies(crate::model::Scope::All).await.expect("read").len(), 0);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn first_starts_at_once_make_one_store() {
+        for _ in 0..5 {
+            let folder = tempfile::tempdir().expect("a folder");
+            let mut starts = tokio::task::JoinSet::new();
+            for _ in 0..4 {
+                let path = folder.path().to_owned();
+                starts.spawn(async move { Store::open(&path).await.map(|_| ()) });
+            }
+            for start in starts.join_all().await {
+                start.expect("opened");
+            }
+        }
     }
 
     #[tokio::test]
@@ -251,13 +308,27 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_disk_that_is_full_is_told_from_other_failures() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = Store::open(folder.path()).await.expect("opened");
+        let mut tx = store.begin().await.expect("begun");
+        // SQLite answers the same when its file may not grow as when the disk is full.
+        sqlx::query("PRAGMA max_page_count = 1").execute(tx.connection()).await.expect("set");
+        let name = "x".repeat(1_000_000);
+        let refused = tx.add_company(&name, "age1x", "sha256:x", 1).await.expect_err("no room");
+        assert!(refused.is_full(), "{refused:?}");
+        let other = store.readers.execute("nonsense").await.during("test").expect_err("no SQL");
+        assert!(!other.is_full());
+    }
+
+    #[tokio::test]
     async fn the_ledger_cannot_be_changed_or_shortened() {
         let folder = tempfile::tempdir().expect("a folder");
         let store = Store::open(folder.path()).await.expect("opened");
         let mut tx = store.begin().await.expect("begun");
         for statement in [
             "PRAGMA defer_foreign_keys = ON",
-            "INSERT INTO cost_ledger (server_id, ref_date, amount, source, metadata_json, booked_at_ms) VALUES (1, '', '0', '', '', 0)",
+            "INSERT INTO cost_ledger (server_id, ref_date, amount, currency, source, metadata_json, booked_at_ms) VALUES (1, '', '0', 'EUR', '', '', 0)",
         ] {
             sqlx::query(statement).execute(tx.connection()).await.expect("fine");
         }

@@ -7,7 +7,10 @@ use sqlx::Row as _;
 
 use super::{During as _, Result, Tx};
 use crate::model::ServerId;
-use crate::model::report::{EscrowedKey, NumberedReport, RepositoryKey, Usage};
+use crate::model::report::{EscrowedKey, NumberedReport, RepositoryKey, Unreadable, Usage};
+
+/// Unreadable reports that are kept of one server: the newest. Each may be as large as a message.
+const UNREADABLE_KEPT: i64 = 100;
 
 /// What the store knows of a report's number.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,6 +106,41 @@ impl Tx {
             .during("note an acknowledged number")?;
         }
         Ok(acked)
+    }
+
+    /// Keeps a report that could not be read, and forgets the oldest of many.
+    ///
+    /// # Errors
+    /// When the rows cannot be written.
+    pub async fn put_unreadable(
+        &mut self,
+        server: ServerId,
+        report: &NumberedReport,
+        unreadable: &Unreadable,
+        now_ms: i64,
+    ) -> Result<()> {
+        sqlx::query(
+            "INSERT INTO unreadable_reports (server_id, epoch, seq, why, body, received_at_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        )
+        .bind(server.0)
+        .bind(&report.epoch)
+        .bind(report.seq)
+        .bind(&unreadable.why)
+        .bind(&unreadable.body)
+        .bind(now_ms)
+        .execute(self.connection())
+        .await
+        .during("keep an unreadable report")?;
+        sqlx::query(
+            "DELETE FROM unreadable_reports WHERE id IN
+                 (SELECT id FROM unreadable_reports WHERE server_id = ?1 ORDER BY id DESC LIMIT -1 OFFSET ?2)",
+        )
+        .bind(server.0)
+        .bind(UNREADABLE_KEPT)
+        .execute(self.connection())
+        .await
+        .during("forget unreadable reports")?;
+        Ok(())
     }
 
     /// Stores an hour's usage. The first word on an hour stays: the ledger may already rest on it.

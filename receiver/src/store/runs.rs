@@ -7,7 +7,7 @@ use sqlx::Row as _;
 use sqlx::sqlite::SqliteRow;
 
 use super::{During as _, Error, Result, Store, Tx};
-use crate::model::run::{ReportedRun, Run, next_step, shown};
+use crate::model::run::{ReportedRun, Run, RunDetails, next_step, shown};
 use crate::model::{ServerId, times};
 
 /// What the merge rule needs of a stored run.
@@ -71,18 +71,25 @@ fn run(row: &SqliteRow) -> Run {
         files: row.get("files"),
         unreadable: row.get("unreadable"),
         vanished: row.get("vanished"),
-        unreadable_names: list(row, "unreadable_names_json"),
         checksum: row.get("checksum"),
         artifact_url: row.get("artifact_url"),
         verified_at: shown(row.get("verified_at_ms")),
         destination: row.get("destination"),
         repository_bytes: row.get("repository_bytes"),
         repository_id: row.get("repository_id"),
-        log_tail: row.get("log_tail"),
-        warnings: list(row, "warnings_json"),
         expired_at: shown(row.get("expired_at_ms")),
         progress: None,
+        details: None,
     }
+}
+
+fn whole_run(row: &SqliteRow) -> Run {
+    let details = RunDetails {
+        unreadable_names: list(row, "unreadable_names_json"),
+        log_tail: row.get("log_tail"),
+        warnings: list(row, "warnings_json"),
+    };
+    Run { details: Some(details), ..run(row) }
 }
 
 fn stored(row: &SqliteRow) -> Result<StoredRun> {
@@ -171,7 +178,7 @@ impl Tx {
     /// # Errors
     /// When the row cannot be written.
     pub async fn write_run(&mut self, id: i64, reported: &ReportedRun, now_ms: i64) -> Result<()> {
-        let r = &reported.run;
+        let (r, details) = (&reported.run, &reported.details);
         let time = |ms: i64| Some(ms).filter(|ms| *ms > 0);
         sqlx::query(
             "UPDATE snapshot_runs SET run_uid = ?2, policy_id = ?3, service = ?4, kind = ?5, scope = ?6, job_type = ?7,
@@ -207,15 +214,15 @@ impl Tx {
         .bind(r.files)
         .bind(r.unreadable)
         .bind(r.vanished)
-        .bind(serde_json::Value::from(r.unreadable_names.clone()).to_string())
+        .bind(serde_json::Value::from(details.unreadable_names.clone()).to_string())
         .bind(&r.checksum)
         .bind(&r.artifact_url)
         .bind(time(reported.verified_at_ms))
         .bind(&r.destination)
         .bind(r.repository_bytes)
         .bind(&r.repository_id)
-        .bind(&r.log_tail)
-        .bind(serde_json::Value::from(r.warnings.clone()).to_string())
+        .bind(&details.log_tail)
+        .bind(serde_json::Value::from(details.warnings.clone()).to_string())
         .execute(self.connection())
         .await
         .during("write a run")?;
@@ -248,6 +255,28 @@ impl Tx {
         Ok(())
     }
 
+    /// Ends what a server's former agent had taken and will never report. A queued run whose directive is still open
+    /// is left to the new agent.
+    ///
+    /// # Errors
+    /// When the rows cannot be written.
+    pub async fn interrupt_runs(&mut self, server: ServerId, now_ms: i64) -> Result<()> {
+        sqlx::query(
+            "UPDATE snapshot_runs SET status = 'failed', error_class = ?2, finished_at_ms = ?3, received_at_ms = ?3,
+                 error_message = 'the server was enrolled anew before its former agent reported how the run ended'
+             WHERE server_id = ?1 AND status IN ('queued', 'running')
+               AND NOT (status = 'queued' AND directive_id IN
+                   (SELECT id FROM directives WHERE server_id = ?1 AND answered_at_ms IS NULL))",
+        )
+        .bind(server.0)
+        .bind(ErrorClass::Interrupted.as_str())
+        .bind(now_ms)
+        .execute(self.connection())
+        .await
+        .during("end the runs of a former agent")?;
+        Ok(())
+    }
+
     /// Notes that retention removed a run's artifact on the host.
     ///
     /// # Errors
@@ -265,17 +294,20 @@ impl Tx {
         Ok(())
     }
 
-    /// The run that an idempotency key stands for, with the hash of its request's body.
+    /// The run that an idempotency key not older than `since_ms` stands for, with the hash of its request's body.
     ///
     /// # Errors
     /// When it cannot be read.
-    pub async fn run_of_key(&mut self, server: ServerId, key: &str) -> Result<Option<(i64, String)>> {
-        let row = sqlx::query("SELECT run_id, body_sha256 FROM idempotency_keys WHERE server_id = ?1 AND key = ?2")
-            .bind(server.0)
-            .bind(key)
-            .fetch_optional(self.connection())
-            .await
-            .during("read an idempotency key")?;
+    pub async fn run_of_key(&mut self, server: ServerId, key: &str, since_ms: i64) -> Result<Option<(i64, String)>> {
+        let row = sqlx::query(
+            "SELECT run_id, body_sha256 FROM idempotency_keys WHERE server_id = ?1 AND key = ?2 AND created_at_ms >= ?3",
+        )
+        .bind(server.0)
+        .bind(key)
+        .bind(since_ms)
+        .fetch_optional(self.connection())
+        .await
+        .during("read an idempotency key")?;
         Ok(row.map(|row| (row.get(0), row.get(1))))
     }
 
@@ -321,18 +353,23 @@ impl Tx {
             .fetch_optional(self.connection())
             .await
             .during("read a run")?;
-        Ok(row.as_ref().map(run))
+        Ok(row.as_ref().map(whole_run))
     }
 }
 
 impl Store {
-    /// A server's runs, newest first.
+    /// A server's runs, newest first, without their details: those of 500 runs would be tens of megabytes.
     ///
     /// # Errors
     /// When they cannot be read.
     pub async fn runs(&self, server: ServerId, filter: &RunFilter) -> Result<Vec<Run>> {
         let rows = sqlx::query(
-            "SELECT * FROM snapshot_runs
+            "SELECT id, run_uid, server_id, service, directive_id, policy_id, kind, scope, job_type, status, phase,
+                 error_class, error_message, queued_at_ms, started_at_ms, finished_at_ms, received_at_ms,
+                 consistency_requested, consistency_achieved, freeze_ms, duration_ms, bytes_read, bytes_stored,
+                 size_bytes, files, unreadable, vanished, checksum, artifact_url, verified_at_ms, destination,
+                 repository_bytes, repository_id, expired_at_ms
+             FROM snapshot_runs
              WHERE server_id = ?1 AND (?2 IS NULL OR service = ?2) AND (?3 IS NULL OR status = ?3)
                AND (?4 IS NULL OR id < ?4)
              ORDER BY id DESC LIMIT ?5",
@@ -348,19 +385,22 @@ impl Store {
         Ok(rows.iter().map(run).collect())
     }
 
-    /// A server's run by `run_uid` or, for one that is still queued, by its row.
+    /// A server's run by its row or, for a reference that is no number, by `run_uid`: a host that gives its runs
+    /// numbers for ids must not be able to hide another one.
     ///
     /// # Errors
     /// When it cannot be read.
     pub async fn run(&self, server: ServerId, reference: &str) -> Result<Option<Run>> {
-        let row = sqlx::query("SELECT * FROM snapshot_runs WHERE server_id = ?1 AND (run_uid = ?2 OR id = ?3)")
-            .bind(server.0)
-            .bind(reference)
-            .bind(reference.parse::<i64>().ok())
-            .fetch_optional(&self.readers)
-            .await
-            .during("read a run")?;
-        Ok(row.as_ref().map(run))
+        let row = sqlx::query(
+            "SELECT * FROM snapshot_runs WHERE server_id = ?1 AND (id = ?3 OR (?3 IS NULL AND run_uid = ?2))",
+        )
+        .bind(server.0)
+        .bind(reference)
+        .bind(reference.parse::<i64>().ok())
+        .fetch_optional(&self.readers)
+        .await
+        .during("read a run")?;
+        Ok(row.as_ref().map(whole_run))
     }
 
     /// How many runs stand where, over all companies.

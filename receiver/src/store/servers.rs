@@ -1,7 +1,10 @@
 //! Servers, their inventory and their services.
 //!
 //! A service's row keeps its id for as long as server and name are the same; one that an inventory no
-//! longer names is marked gone, not removed, because runs and policies point at it by name.
+//! longer names is marked gone, not removed, because runs and policies point at it by name; only the longest gone
+//! are removed where they are thousands.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use hestner_proto::v1;
 use sqlx::Row as _;
@@ -9,7 +12,7 @@ use sqlx::sqlite::SqliteRow;
 
 use super::{During as _, Result, Store, Tx};
 use crate::model::run::{cut, number, shown};
-use crate::model::server::{Grant, Host, Server, ServerStatus, Service};
+use crate::model::server::{Grant, Host, SERVICES_MAX, Server, ServerStatus, Service};
 use crate::model::{CompanyId, ServerId, times};
 
 /// What a session and enrolment need to know of a server.
@@ -27,10 +30,14 @@ pub struct Standing {
     pub next_spki_sha256: Option<String>,
     /// Hash of the stored inventory.
     pub inventory_hash: Option<String>,
+    /// When its present key was enrolled.
+    pub enrolled_at_ms: i64,
 }
 
 /// Servers a listing returns at most.
 pub const SERVERS_MAX: i64 = 1000;
+/// Longest hash of an inventory, in bytes; SHA-256 as hex has 64.
+const HASH_BYTES_MAX: usize = 128;
 
 fn standing(row: &SqliteRow) -> Standing {
     Standing {
@@ -40,6 +47,7 @@ fn standing(row: &SqliteRow) -> Standing {
         spki_sha256: row.get("spki_sha256"),
         next_spki_sha256: row.get("next_spki_sha256"),
         inventory_hash: row.get("inventory_hash"),
+        enrolled_at_ms: row.get("enrolled_at_ms"),
     }
 }
 
@@ -148,12 +156,13 @@ impl Tx {
         Ok(())
     }
 
-    /// Notes the key of a renewed certificate; the old one holds until the new one has spoken.
+    /// Notes the key of a renewed certificate; the old one holds until the new one has spoken. Changes nothing at a
+    /// server that is shut out.
     ///
     /// # Errors
     /// When the row cannot be written, also when another server has the key.
     pub async fn announce_key(&mut self, id: ServerId, spki_sha256: &str) -> Result<()> {
-        sqlx::query("UPDATE servers SET next_spki_sha256 = ?2 WHERE id = ?1")
+        sqlx::query("UPDATE servers SET next_spki_sha256 = ?2 WHERE id = ?1 AND status = 'active'")
             .bind(id.0)
             .bind(spki_sha256)
             .execute(self.connection())
@@ -211,15 +220,19 @@ impl Tx {
             .execute(self.connection())
             .await
             .during("mark services")?;
-        for service in &inventory.services {
+        // Each name once, as the last entry has it.
+        let services: BTreeMap<&str, _> = inventory.services.iter().map(|s| (s.name.as_str(), s)).collect();
+        for service in services.into_values() {
             self.put_service(id, service).await?;
         }
+        self.forget_gone_services(id).await?;
         sqlx::query("DELETE FROM server_grants WHERE server_id = ?1")
             .bind(id.0)
             .execute(self.connection())
             .await
             .during("forget grants")?;
-        for grant in &inventory.grants {
+        let grants: BTreeMap<_, _> = inventory.grants.iter().map(|g| ((&g.service, &g.verb), g)).collect();
+        for grant in grants.into_values() {
             sqlx::query(
                 "INSERT OR REPLACE INTO server_grants (server_id, service, verb, value) VALUES (?1, ?2, ?3, ?4)",
             )
@@ -234,16 +247,31 @@ impl Tx {
         Ok(())
     }
 
+    /// Bounds a host that names its services anew each time.
+    async fn forget_gone_services(&mut self, id: ServerId) -> Result<()> {
+        sqlx::query(
+            "DELETE FROM services WHERE id IN (SELECT id FROM services WHERE server_id = ?1 AND gone_at_ms IS NOT NULL
+                 ORDER BY gone_at_ms DESC, id DESC LIMIT -1 OFFSET ?2)",
+        )
+        .bind(id.0)
+        .bind(SERVICES_MAX as i64)
+        .execute(self.connection())
+        .await
+        .during("forget services that are long gone")?;
+        Ok(())
+    }
+
     async fn set_host(&mut self, id: ServerId, inventory: &v1::Inventory, now_ms: i64) -> Result<()> {
         let host = inventory.host.clone().unwrap_or_default();
-        let destinations: Vec<String> = inventory.destinations.iter().map(|name| cut(name.clone(), 256)).collect();
+        let destinations: BTreeSet<String> = inventory.destinations.iter().map(|name| cut(name.clone(), 256)).collect();
+        let destinations: Vec<String> = destinations.into_iter().collect();
         sqlx::query(
             "UPDATE servers SET inventory_hash = ?2, inventory_at_ms = ?3, hostname = ?4, os = ?5, kernel = ?6,
                  architecture = ?7, cpus = ?8, memory_bytes = ?9, destinations_json = ?10
              WHERE id = ?1",
         )
         .bind(id.0)
-        .bind(&inventory.hash)
+        .bind(cut(inventory.hash.clone(), HASH_BYTES_MAX))
         .bind(now_ms)
         .bind(cut(host.hostname, 256))
         .bind(cut(host.os, 256))
@@ -279,6 +307,19 @@ impl Tx {
 }
 
 impl Store {
+    /// A server's standing, without waiting for the writer.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub async fn standing(&self, id: ServerId) -> Result<Option<Standing>> {
+        let row = sqlx::query("SELECT * FROM servers WHERE id = ?1")
+            .bind(id.0)
+            .fetch_optional(&self.readers)
+            .await
+            .during("read a server")?;
+        Ok(row.as_ref().map(standing))
+    }
+
     /// A server's company; `None` when there is no such server.
     ///
     /// # Errors

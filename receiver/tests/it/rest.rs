@@ -3,7 +3,7 @@
 use hestner_receiver::model::{CompanyId, Scope};
 use serde_json::{Value, json};
 
-use crate::world::{World, run};
+use crate::world::{World, run, wait_until};
 
 fn policy() -> Value {
     json!({
@@ -118,6 +118,28 @@ async fn input_that_breaks_a_rule_is_named_and_changes_nothing() {
 }
 
 #[tokio::test]
+async fn a_listing_of_runs_is_small_and_one_run_shows_all() {
+    let world = World::new().await;
+    let agent = world.agent(1).await;
+    let mut line = world.session(&agent).await;
+    let told = hestner_proto::v1::Run {
+        log_tail: "last words".into(),
+        warnings: vec!["w".repeat(4096); 100],
+        unreadable_names: vec!["n".repeat(4096); 100],
+        ..run("u1", "failed")
+    };
+    line.report(1, hestner_proto::v1::report::Body::Run(told)).await;
+    assert_eq!(line.acked().await, 1);
+    let key = world.key(Scope::All).await;
+    let listed = world.get("/v1/servers/1/snapshots", &key).await;
+    assert!(listed.body.len() < 2_000, "{} bytes", listed.body.len());
+    let one = world.get("/v1/servers/1/snapshots/u1", &key).await;
+    assert_eq!(one.json()["log_tail"], "last words");
+    assert!(one.body.contains("www") && one.body.contains("nnn"));
+    assert!(one.body.len() < 40_000, "{} bytes", one.body.len());
+}
+
+#[tokio::test]
 async fn requests_of_a_wrong_form_get_a_problem_document_too() {
     let world = World::new().await;
     let key = format!("Bearer {}", world.key(Scope::All).await);
@@ -139,6 +161,30 @@ async fn requests_of_a_wrong_form_get_a_problem_document_too() {
             assert!(!problem[member].is_null(), "{member} in {problem}");
         }
     }
+}
+
+#[tokio::test]
+async fn the_five_fields_of_a_policy_and_no_body_for_a_snapshot_are_enough_where_there_is_one_service() {
+    let world = World::new().await;
+    let agent = world.agent(1).await;
+    let line = world.session(&agent).await;
+    let service = hestner_proto::v1::Service { name: "docs".into(), consistency: "none".into(), ..Default::default() };
+    let inventory = hestner_proto::v1::Inventory { services: vec![service], ..Default::default() };
+    line.send(hestner_proto::v1::from_agent::Body::Inventory(inventory)).await;
+    let key = world.key(Scope::All).await;
+    wait_until("the service", async || {
+        world.get("/v1/servers/1/services", &key).await.json()["items"][0]["name"] == "docs"
+    })
+    .await;
+    let five = json!({
+        "cron": "30 2 * * *", "retention_days": 7, "retention_count": 3, "destination": "local",
+        "encryption_enabled": true,
+    });
+    let put = world.send("PUT", "/v1/servers/1/snapshot-policy", &key, &five).await;
+    assert_eq!((put.status, put.json()["service"].as_str()), (200, Some("docs")), "{}", put.body);
+    let bearer = format!("Bearer {key}");
+    let asked = world.http("POST", "/v1/servers/1/snapshots", &[("Authorization", &bearer)], "").await;
+    assert_eq!((asked.status, asked.json()["service"].as_str()), (202, Some("docs")), "{}", asked.body);
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 use hestner_proto::v1;
 use hestner_proto::v1::from_receiver::Body;
 use hestner_receiver::model::{Scope, ServerId};
+use hestner_receiver::platform::clock::{Clock as _, ManualClock, SystemClock};
 use hestner_receiver::store::directives::{Kind, NewDirective};
 use serde_json::json;
 
@@ -197,4 +198,136 @@ async fn stopping_says_goodbye_and_takes_the_address_file_away() {
     assert_eq!(line.goodbye().await.code, "draining");
     world.stop().await;
     assert!(!file.exists());
+}
+
+#[tokio::test]
+async fn a_machine_that_was_set_back_is_acknowledged_nothing_of_what_it_wrote_since() {
+    let world = World::new().await;
+    let agent = world.agent(1).await;
+    let mut line = world.session(&agent).await;
+    let told: Vec<_> = (1..=10).map(|n| report(run(&format!("u{n}"), "success"))).collect();
+    for (seq, body) in (1..).zip(told.clone()) {
+        line.report(seq, body).await;
+        assert_eq!(line.acked().await, seq);
+    }
+    drop(line);
+    let mut back = world.session(&agent).await;
+    back.report(5, told[4].clone()).await;
+    back.report(6, report(run("other", "success"))).await;
+    loop {
+        match back.next().await {
+            Body::Ack(ack) => assert_eq!(ack.seq, 5, "it showed nothing later that is the same"),
+            Body::Goodbye(goodbye) => break assert_eq!(goodbye.code, "fork"),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn inventories_that_come_fast_are_held_back_and_the_newest_counts() {
+    let world = World::new().await;
+    let agent = world.agent(1).await;
+    let line = world.session(&agent).await;
+    for name in ["first", "second", "newest"] {
+        let service = v1::Service { name: name.into(), ..Default::default() };
+        let inventory = v1::Inventory { services: vec![service], ..Default::default() };
+        line.send(v1::from_agent::Body::Inventory(inventory)).await;
+    }
+    let key = world.key(Scope::All).await;
+    let path = format!("/v1/servers/{}/services", agent.server);
+    let shown = async || world.get(&path, &key).await.json()["items"][0]["name"].clone();
+    wait_until("the first", async || shown().await == "first").await;
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    assert_eq!(shown().await, "first");
+    wait_until("the newest", async || shown().await == "newest").await;
+}
+
+#[tokio::test]
+async fn a_second_renewal_at_once_ends_the_session() {
+    let world = World::new().await;
+    let agent = world.agent(1).await;
+    let mut line = world.session(&agent).await;
+    for _ in 0..2 {
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let csr_der = rcgen::CertificateParams::default().serialize_request(&key).expect("a request").der().to_vec();
+        line.send(v1::from_agent::Body::Renewal(v1::RenewalRequest { csr_der })).await;
+    }
+    assert_eq!(line.goodbye().await.code, "bad_message");
+}
+
+#[tokio::test]
+async fn a_session_ends_with_its_certificate() {
+    let clock = ManualClock::at(SystemClock.now_ms());
+    let world = World::at(clock.clone(), "[session]\ncertificate_ttl = \"60s\"\n").await;
+    let agent = world.agent(1).await;
+    clock.advance_ms(58_000);
+    let mut line = world.session(&agent).await;
+    let goodbye = line.goodbye().await;
+    assert_eq!(goodbye.code, "unknown");
+    assert!(goodbye.message.contains("expired"), "{}", goodbye.message);
+}
+
+#[tokio::test]
+async fn a_session_whose_agent_reads_nothing_ends_within_moments_when_it_is_revoked() {
+    let world = World::new().await;
+    let agent = world.agent(1).await;
+    let mut tx = world.store.begin().await.expect("begun");
+    // More than the windows and buffers between the receiver and an agent that does not read can hold.
+    let service = "s".repeat(100_000);
+    for n in 0..200 {
+        let id = format!("d{n}");
+        let new = NewDirective {
+            id: &id,
+            server: ServerId(agent.server),
+            kind: Kind::Run,
+            service: &service,
+            verb: "snapshot",
+            created_at_ms: 1,
+            expires_at_ms: i64::MAX,
+        };
+        tx.add_directive(&new).await.expect("added");
+    }
+    tx.commit().await.expect("committed");
+    let _deaf = world.session(&agent).await;
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    let sessions = async || {
+        let page = world.http("GET", "/metrics", &[], "").await.body;
+        page.lines().find_map(|line| line.strip_prefix("hestner_sessions ").map(str::to_owned))
+    };
+    assert_eq!(sessions().await.as_deref(), Some("1"));
+    let mut tx = world.store.begin().await.expect("begun");
+    tx.set_server_status(ServerId(agent.server), "revoked").await.expect("set");
+    tx.commit().await.expect("committed");
+    wait_until("the end", async || sessions().await.as_deref() == Some("0")).await;
+}
+
+#[tokio::test]
+async fn a_peer_that_was_turned_away_loses_its_connection() {
+    let world = World::new().await;
+    let agent = world.agent(1).await;
+    let mut tx = world.store.begin().await.expect("begun");
+    tx.set_server_status(ServerId(agent.server), "revoked").await.expect("set");
+    tx.commit().await.expect("committed");
+    let mut client = world.agents_client(&agent).await;
+    let mut silent = World::line_of(&mut client).await.expect("a stream");
+    let mut first = World::line_of(&mut client).await.expect("a stream");
+    first.send(crate::world::hello("")).await;
+    assert_eq!(first.goodbye().await.code, "revoked");
+    // Nobody said goodbye to the other stream: it ended with the connection.
+    assert!(!matches!(silent.maybe_next().await, Ok(Some(_))));
+}
+
+#[tokio::test]
+async fn one_key_has_a_bounded_number_of_connections() {
+    let world = World::new().await;
+    let (agent, other) = (world.agent(1).await, world.agent(1).await);
+    let mut kept = Vec::new();
+    for _ in 0..8 {
+        let mut client = world.agents_client(&agent).await;
+        kept.push((World::line_of(&mut client).await.expect("a stream"), client));
+    }
+    assert!(!world.connects(&agent).await);
+    world.session(&other).await;
+    drop(kept);
+    wait_until("a free place", async || world.connects(&agent).await).await;
 }

@@ -10,7 +10,7 @@ use hestner_proto::v1::agents_client::AgentsClient;
 use hestner_proto::v1::enrolment_client::EnrolmentClient;
 use hestner_receiver::lifecycle::Drain;
 use hestner_receiver::model::{Actor, CompanyId, Scope};
-use hestner_receiver::platform::clock::{Clock as _, SystemClock};
+use hestner_receiver::platform::clock::{Clock as _, SharedClock, SystemClock};
 use hestner_receiver::server::{self, Addresses, Opened, Running, settings};
 use hestner_receiver::store::Store;
 use hyper_util::rt::TokioIo;
@@ -47,7 +47,7 @@ impl World {
 
     /// The same with REST over TLS.
     pub(crate) async fn with_tls_rest() -> Self {
-        Self::of(false, "").await
+        Self::of(false, "", Arc::new(SystemClock)).await
     }
 
     /// One GET over TLS; the whole answer.
@@ -66,10 +66,15 @@ impl World {
 
     /// The same with more settings.
     pub(crate) async fn with(more: &str) -> Self {
-        Self::of(true, more).await
+        Self::at(Arc::new(SystemClock), more).await
     }
 
-    async fn of(plain_http: bool, more: &str) -> Self {
+    /// The same with a clock of the test's own.
+    pub(crate) async fn at(clock: SharedClock, more: &str) -> Self {
+        Self::of(true, more, clock).await
+    }
+
+    async fn of(plain_http: bool, more: &str, clock: SharedClock) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let text = format!(
             "state_dir = \"{}\"\n[listen]\nagents = \"127.0.0.1:0\"\nenrolment = \"127.0.0.1:0\"\nrest = \"127.0.0.1:0\"\n\
@@ -77,7 +82,7 @@ impl World {
             folder.path().display()
         );
         let checked = settings::parse(&text).expect("good settings");
-        let bound = server::build(checked, Arc::new(SystemClock)).await.expect("built");
+        let bound = server::build(checked, clock).await.expect("built");
         let Opened { store, fleet, enrolment, auth, authority, .. } = bound.opened();
         for name in ["acme", "beta"] {
             fleet.add_company(Actor::Cli("test".into()), name, RECIPIENT).await.expect("added");
@@ -140,15 +145,7 @@ impl World {
     /// Opens a stream and says hello; whatever comes first is left to be read.
     pub(crate) async fn greet(&self, agent: &Agent, inventory_hash: &str) -> Line {
         let line = self.line(agent).await;
-        line.send(v1::from_agent::Body::Hello(v1::Hello {
-            protocol: hestner_proto::PROTOCOL,
-            agent_version: "0.1.0".into(),
-            epoch: "e".into(),
-            inventory_hash: inventory_hash.into(),
-            now_ms: SystemClock.now_ms(),
-            separated: false,
-        }))
-        .await;
+        line.send(hello(inventory_hash)).await;
         line
     }
 
@@ -161,10 +158,26 @@ impl World {
 
     /// An open stream on which nothing was said.
     pub(crate) async fn line(&self, agent: &Agent) -> Line {
-        let channel = channel(self.addresses.agents, self.tls(Some(agent))).await.expect("connected");
+        Self::line_of(&mut self.agents_client(agent).await).await.expect("a stream")
+    }
+
+    pub(crate) async fn agents_client(&self, agent: &Agent) -> AgentsClient<Channel> {
+        AgentsClient::new(channel(self.addresses.agents, self.tls(Some(agent))).await.expect("connected"))
+    }
+
+    /// Another stream on a connection.
+    pub(crate) async fn line_of(client: &mut AgentsClient<Channel>) -> Result<Line, Status> {
         let (outbox, messages) = mpsc::channel(100);
-        let inbound = AgentsClient::new(channel).session(ReceiverStream::new(messages)).await.expect("a stream");
-        Line { outbox, inbound: inbound.into_inner() }
+        let inbound = client.session(ReceiverStream::new(messages)).await?;
+        Ok(Line { outbox, inbound: inbound.into_inner() })
+    }
+
+    /// Whether the agent gets a stream on a connection of its own.
+    pub(crate) async fn connects(&self, agent: &Agent) -> bool {
+        match channel(self.addresses.agents, self.tls(Some(agent))).await {
+            Ok(channel) => Self::line_of(&mut AgentsClient::new(channel)).await.is_ok(),
+            Err(_) => false,
+        }
     }
 
     /// A session without any certificate: what the client is told, if anything.
@@ -278,6 +291,17 @@ impl Line {
             other => panic!("{other:?}"),
         }
     }
+}
+
+pub(crate) fn hello(inventory_hash: &str) -> v1::from_agent::Body {
+    v1::from_agent::Body::Hello(v1::Hello {
+        protocol: hestner_proto::PROTOCOL,
+        agent_version: "0.1.0".into(),
+        epoch: "e".into(),
+        inventory_hash: inventory_hash.into(),
+        now_ms: SystemClock.now_ms(),
+        separated: false,
+    })
 }
 
 pub(crate) fn enrol_request(token: &str, key: &KeyPair) -> v1::EnrollRequest {

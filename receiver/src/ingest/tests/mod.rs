@@ -1,16 +1,16 @@
-//! Faults and edges of taking in reports: repetition, gaps, forks, failing transactions, foreign directives.
+//! Faults and edges of taking in reports: repetition, gaps, forks, bounds, heartbeats. Those of runs are in [`runs`].
 //!
 //! Everything runs on a real store in a temporary folder with a clock that stands still at a known noon. Faults are
 //! made with triggers in the database, so that the code under test has no hooks for them.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hestner_proto::v1;
 use proptest::prelude::*;
 use prost::Message as _;
-use rust_decimal::Decimal;
 use sqlx::{Connection as _, SqliteConnection};
 
 use super::heartbeats::Flusher;
@@ -21,6 +21,8 @@ use crate::model::counters::Counters;
 use crate::platform::clock::ManualClock;
 use crate::store::audit::Verdict as Audit;
 use crate::store::directives::{Kind, NewDirective};
+
+mod runs;
 
 /// 2026-11-22 12:00 UTC, in a month of 30 days.
 const NOON_MS: i64 = 1_795_348_800_000;
@@ -33,6 +35,8 @@ struct World {
     counters: SharedCounters,
     inlet: Inlet,
     tasks: Tasks,
+    /// What each server's session has shown.
+    shown: Mutex<HashMap<i64, i64>>,
 }
 
 impl World {
@@ -53,7 +57,7 @@ impl World {
         let (inlet, worker) = new(store.clone(), sessions.clone(), card, clock.clone(), counters.clone());
         let tasks = Tasks::new(Drain::default());
         tasks.spawn("ingest", worker.run(tasks.drain().clone()));
-        Self { folder, store, sessions, clock, counters, inlet, tasks }
+        Self { folder, store, sessions, clock, counters, inlet, tasks, shown: Mutex::default() }
     }
 
     async fn sql(&self, statement: &'static str) {
@@ -77,15 +81,19 @@ impl World {
         SqliteConnection::connect(&format!("sqlite://{}", path.display())).await.expect("opened")
     }
 
+    /// In a session of its own.
     async fn submit(&self, server: i64, envelopes: Vec<v1::Envelope>) -> Result<(Verdict, Option<BadReport>), Error> {
         self.inlet.submit(origin(server), envelopes).await
     }
 
-    /// The number up to which everything of epoch `e` is acknowledged.
+    /// What is acknowledged in the one session that a server has with this function.
     async fn acked(&self, server: i64, envelopes: Vec<v1::Envelope>) -> u64 {
-        let (verdict, bad) = self.submit(server, envelopes).await.expect("taken in");
+        let shown = self.shown.lock().expect("no panic").get(&server).copied().unwrap_or(0);
+        let submitted = self.inlet.submit(Origin { shown, ..origin(server) }, envelopes).await;
+        let (verdict, bad) = submitted.expect("taken in");
         assert_eq!(bad, None);
-        verdict.acks.first().map_or(0, |(_, seq)| *seq)
+        self.shown.lock().expect("no panic").insert(server, verdict.shown);
+        verdict.ack.unwrap_or(0)
     }
 
     async fn add_directive(&self, server: i64, id: &str) {
@@ -107,7 +115,13 @@ impl World {
 }
 
 fn origin(server: i64) -> Origin {
-    Origin { server: ServerId(server), company: CompanyId(server), peer: format!("192.0.2.{server}:1") }
+    Origin {
+        server: ServerId(server),
+        company: CompanyId(server),
+        peer: format!("192.0.2.{server}:1"),
+        epoch: "e".into(),
+        shown: 0,
+    }
 }
 
 fn envelope(seq: u64, body: v1::report::Body) -> v1::Envelope {
@@ -179,7 +193,7 @@ async fn a_number_with_another_content_quarantines_the_server_and_is_never_ackno
     let clone = Origin { peer: "198.51.100.9:9".into(), ..origin(1) };
     let forged = vec![report(1, run("b", "success")), usage(2)];
     let (verdict, _) = world.inlet.submit(clone, forged).await.expect("answered");
-    assert_eq!(verdict, Verdict { acks: vec![], forked: true });
+    assert_eq!(verdict, Verdict { ack: None, shown: 0, forked: true });
     assert_eq!(world.text("SELECT status FROM servers WHERE id = 1").await, "quarantined");
     assert_eq!(world.count("SELECT count(*) FROM snapshot_runs").await, 1);
     let audit = world.text("SELECT details_json FROM audit WHERE action = 'server_quarantined'").await;
@@ -190,145 +204,84 @@ async fn a_number_with_another_content_quarantines_the_server_and_is_never_ackno
 }
 
 #[tokio::test]
-async fn a_running_report_after_the_end_changes_nothing() {
+async fn a_fork_behind_a_repeated_report_leaves_everything_of_it_unacknowledged() {
     let world = World::new().await;
-    world.acked(1, vec![report(1, run("a", "success")), report(2, run("a", "running"))]).await;
-    world.acked(1, vec![report(3, v1::Run { bytes_read: 7, ..run("a", "failed") })]).await;
-    assert_eq!(world.text("SELECT status FROM snapshot_runs").await, "success");
-    assert_eq!(world.count("SELECT bytes_read FROM snapshot_runs").await, 0);
-    assert_eq!(world.count("SELECT count(*) FROM cost_ledger").await, 1);
+    world.acked(1, (1..=10).map(usage).collect()).await;
+    // A machine that was set back to its report 5 and has written others since.
+    let (verdict, _) = world.submit(1, vec![usage(5), report(6, run("other", "success"))]).await.expect("answered");
+    assert_eq!(verdict, Verdict { ack: None, shown: 5, forked: true });
 }
 
 #[tokio::test]
-async fn a_run_whose_ledger_row_fails_leaves_nothing_and_holds_up_nobody_else() {
+async fn an_acknowledgement_never_passes_what_the_session_has_shown() {
     let world = World::new().await;
-    world.sql("CREATE TRIGGER fault BEFORE INSERT ON cost_ledger WHEN NEW.server_id = 1 BEGIN SELECT RAISE(ABORT, 'fault'); END").await;
-    let (ours, theirs) = tokio::join!(
-        world.submit(1, vec![report(1, run("a", "success"))]),
-        world.submit(2, vec![report(1, run("b", "success"))]),
-    );
-    assert!(matches!(ours, Err(Error::NotStored)));
-    assert_eq!(theirs.expect("taken in").0.acks, [("e".to_owned(), 1)]);
-    for table in [
-        "SELECT count(*) FROM snapshot_runs WHERE server_id = 1",
-        "SELECT count(*) FROM reports WHERE server_id = 1",
-        "SELECT count(*) FROM repositories WHERE server_id = 1",
+    world.acked(1, (1..=10).map(usage).collect()).await;
+    let (verdict, _) = world.submit(1, vec![usage(1), usage(2)]).await.expect("answered");
+    assert_eq!(verdict.ack, Some(2));
+}
+
+#[tokio::test]
+async fn an_inventory_beyond_its_bounds_is_refused_and_rows_of_gone_services_do_not_pile_up() {
+    let world = World::new().await;
+    let server = ServerId(1);
+    let services = |count: usize| {
+        (0..count).map(|n| v1::Service { name: format!("s{n}"), ..v1::Service::default() }).collect::<Vec<_>>()
+    };
+    let grant = |n: usize| v1::Grant { service: format!("s{n}"), ..v1::Grant::default() };
+    for too_large in [
+        v1::Inventory { services: services(5_001), ..v1::Inventory::default() },
+        v1::Inventory { grants: (0..50_001).map(grant).collect(), ..v1::Inventory::default() },
+        v1::Inventory { destinations: vec!["d".into(); 101], ..v1::Inventory::default() },
     ] {
-        assert_eq!(world.count(table).await, 0, "{table}");
+        assert!(world.inlet.inventory(server, &too_large).await.is_err());
     }
-    world.sql("DROP TRIGGER fault").await;
-    assert_eq!(world.acked(1, vec![report(1, run("a", "success"))]).await, 1);
-    assert_eq!(world.count("SELECT count(*) FROM cost_ledger WHERE server_id = 1").await, 1);
+    world.sql("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 12000) INSERT INTO services (server_id, name, runtime, version, health, consistency, gone_at_ms) SELECT 1, 'old' || i, '', '', '', '', i FROM n").await;
+    world
+        .inlet
+        .inventory(server, &v1::Inventory { services: services(3), ..v1::Inventory::default() })
+        .await
+        .expect("fine");
+    assert_eq!(world.count("SELECT count(*) FROM services WHERE server_id = 1").await, 5_003);
+    assert_eq!(world.count("SELECT min(gone_at_ms) FROM services").await, 7_001);
+    let hash = v1::Inventory { hash: "h".repeat(100_000), ..v1::Inventory::default() };
+    world.inlet.inventory(server, &hash).await.expect("fine");
+    assert_eq!(world.count("SELECT length(inventory_hash) FROM servers WHERE id = 1").await, 128);
 }
 
 #[tokio::test]
-async fn a_days_rows_sum_to_the_formula_over_all_repositories() {
+async fn a_ping_fails_when_nothing_can_be_written() {
     let world = World::new().await;
-    let sizes = [("r1", 3_000_000_000_u64), ("r2", 1_500_000_000), ("r1", 2_000_000_000), ("r1", 2_000_000_000)];
-    for (seq, (repository, bytes)) in (1_u64..).zip(sizes) {
-        let run = v1::Run {
-            repository_id: repository.into(),
-            repository_bytes: bytes,
-            ..run(&format!("run{seq}"), "success")
-        };
-        world.acked(1, vec![report(seq, run)]).await;
-    }
-    let rows = world.store.ledger(ServerId(1), "2026-11-22", "2026-11-23").await.expect("read");
-    assert_eq!(rows.len(), 4);
-    // (2 + 1.5) GB * 0.05 / 30 days, to six decimals.
-    assert_eq!(rows.iter().map(|row| row.amount).sum::<Decimal>(), "0.005833".parse().expect("decimal"));
-    assert_eq!(rows[3].amount, Decimal::ZERO);
-    assert_eq!(rows[1].metadata["gb"], "4.5");
+    assert!(world.inlet.ping().await);
+    world.sql("CREATE TRIGGER full BEFORE UPDATE ON worker_pulse BEGIN SELECT RAISE(ABORT, 'disk full'); END").await;
+    assert!(!world.inlet.ping().await);
 }
 
 #[tokio::test]
-async fn two_hosts_that_use_one_run_uid_do_not_meet() {
-    let world = World::new().await;
-    world.acked(1, vec![report(1, run("same", "success"))]).await;
-    assert_eq!(world.acked(2, vec![report(1, run("same", "success"))]).await, 1);
-    assert_eq!(world.count("SELECT count(*) FROM cost_ledger WHERE run_uid = 'same'").await, 2);
-}
-
-#[tokio::test]
-async fn a_report_binds_the_queued_run_of_its_directive() {
-    let world = World::new().await;
-    world.add_directive(1, "d").await;
-    world.acked(1, vec![report(1, v1::Run { directive_id: "d".into(), ..run("a", "running") })]).await;
-    world.acked(1, vec![report(2, v1::Run { directive_id: "d".into(), ..run("a", "success") })]).await;
-    assert_eq!(world.count("SELECT count(*) FROM snapshot_runs").await, 1);
-    assert_eq!(world.text("SELECT status || run_uid || directive_id FROM snapshot_runs").await, "successad");
-    assert_eq!(world.text("SELECT answer FROM directives").await, "accepted");
-}
-
-#[tokio::test]
-async fn a_directive_of_another_server_is_left_alone() {
-    let world = World::new().await;
-    world.add_directive(1, "d").await;
-    let stranger =
-        vec![report(1, v1::Run { directive_id: "d".into(), ..run("a", "failed") }), outcome(2, "d", "refused")];
-    assert_eq!(world.acked(2, stranger).await, 2);
-    assert_eq!(world.text("SELECT status FROM snapshot_runs WHERE server_id = 1").await, "queued");
-    assert_eq!(world.text("SELECT answer FROM directives").await, "");
-    assert_eq!(world.counters.directives_ignored.total(), 2);
-}
-
-#[tokio::test]
-async fn a_refusal_ends_the_run_and_only_its_own_failure_adds_to_it() {
-    let world = World::new().await;
-    world.add_directive(1, "d").await;
-    world.acked(1, vec![outcome(1, "d", "unknown_verb")]).await;
-    assert_eq!(world.text("SELECT status || ':' || error_class FROM snapshot_runs").await, "failed:unknown_verb");
-    let told = v1::Run { directive_id: "d".into(), error_class: "unknown_verb".into(), ..run("a", "failed") };
-    world.acked(1, vec![report(2, told)]).await;
-    assert_eq!(world.text("SELECT run_uid FROM snapshot_runs").await, "a");
-    world.add_directive(1, "d2").await;
-    let lie = v1::Run { directive_id: "d2".into(), ..run("b", "success") };
-    world.acked(1, vec![outcome(3, "d2", "refused"), report(4, lie)]).await;
-    assert_eq!(world.count("SELECT count(*) FROM snapshot_runs").await, 3);
-    assert_eq!(world.text("SELECT status FROM snapshot_runs WHERE directive_id = 'd2'").await, "failed");
-}
-
-#[tokio::test]
-async fn a_run_that_had_begun_before_its_directive_expired_takes_the_cancelled_row() {
-    let world = World::new().await;
-    world.add_directive(1, "d").await;
-    world.clock.advance_ms(2000);
-    let fleet = crate::store::Store::clone(&world.store);
-    let mut change = fleet.change(Actor::Receiver, NOON_MS + 2000).await.expect("begun");
-    assert_eq!(change.expire_directives(NOON_MS + 2000).await.expect("expired").len(), 1);
-    change.fail_queued_run("d", "cancelled", "late", NOON_MS + 2000).await.expect("ended");
-    change.commit(None, "test", String::new(), serde_json::Value::Null).await.expect("committed");
-    world.acked(1, vec![report(1, v1::Run { directive_id: "d".into(), ..run("a", "success") })]).await;
-    assert_eq!(world.text("SELECT status FROM snapshot_runs").await, "success");
-    assert_eq!(world.count("SELECT count(*) FROM cost_ledger").await, 1);
-}
-
-#[tokio::test]
-async fn a_body_that_cannot_be_read_stops_there_and_what_came_before_counts() {
+async fn a_body_that_cannot_be_read_is_kept_and_holds_up_nothing_behind_it() {
     let world = World::new().await;
     let garbage = vec![0xff, 0xff];
     let sha256 = hex::decode(hestner_proto::sha256_hex(&garbage)).expect("hex");
-    let bad = v1::Envelope { epoch: "e".into(), seq: 2, sha256, body: garbage };
-    let (verdict, refused) = world.submit(1, vec![usage(1), bad, usage(3)]).await.expect("answered");
-    assert_eq!(verdict.acks, [("e".to_owned(), 1)]);
-    assert_eq!(refused.expect("named").seq, 2);
-    assert_eq!(world.counters.messages_bad.total(), 1);
+    let unreadable = v1::Envelope { epoch: "e".into(), seq: 2, sha256, body: garbage };
+    let paused = report(4, run("newer", "paused"));
+    assert_eq!(world.acked(1, vec![usage(1), unreadable.clone(), usage(3), paused, usage(5)]).await, 5);
+    assert_eq!(world.acked(1, vec![unreadable]).await, 5);
+    assert_eq!(world.text("SELECT group_concat(seq) FROM unreadable_reports").await, "2,4");
+    assert_eq!(world.text("SELECT hex(body) FROM unreadable_reports WHERE seq = 2").await, "FFFF");
+    assert!(world.text("SELECT why FROM unreadable_reports WHERE seq = 4").await.contains("`paused`"));
+    assert_eq!(world.counters.reports_unreadable.total(), 2);
 }
 
 #[tokio::test]
-async fn runs_that_retention_removed_are_marked_and_stay() {
+async fn a_wrong_hash_or_another_outbox_stops_there_and_what_came_before_counts() {
     let world = World::new().await;
-    world.acked(1, vec![report(1, run("old", "success"))]).await;
-    world
-        .acked(
-            1,
-            vec![report(2, v1::Run { expired_runs: vec!["old".into(), "unknown".into()], ..run("new", "success") })],
-        )
-        .await;
-    assert_eq!(
-        world.text("SELECT group_concat(run_uid) FROM snapshot_runs WHERE expired_at_ms IS NOT NULL").await,
-        "old"
-    );
+    let wrong_hash = v1::Envelope { sha256: vec![0; 32], ..usage(2) };
+    let other_outbox = v1::Envelope { epoch: "other".into(), ..usage(2) };
+    for bad in [wrong_hash, other_outbox] {
+        let (verdict, refused) = world.submit(1, vec![usage(1), bad, usage(3)]).await.expect("answered");
+        assert_eq!(verdict.ack, Some(1));
+        assert_eq!(refused.expect("named").seq, 2);
+    }
+    assert_eq!(world.counters.messages_bad.total(), 2);
 }
 
 #[tokio::test]
@@ -338,11 +291,12 @@ async fn many_submissions_at_once_share_few_commits() {
     for n in 0..200_u64 {
         let inlet = world.inlet.clone();
         waiting.spawn(async move {
-            let own_epoch = v1::Envelope { epoch: format!("e{n}"), ..usage(1) };
-            inlet.submit(origin(1), vec![own_epoch]).await.expect("taken in").0.acks.len()
+            let epoch = format!("e{n}");
+            let envelope = v1::Envelope { epoch: epoch.clone(), ..usage(1) };
+            inlet.submit(Origin { epoch, ..origin(1) }, vec![envelope]).await.expect("taken in").0.ack
         });
     }
-    assert_eq!(waiting.join_all().await.into_iter().sum::<usize>(), 200);
+    assert_eq!(waiting.join_all().await.into_iter().flatten().sum::<u64>(), 200);
     assert!(world.counters.report_commits.total() <= 50, "{} commits", world.counters.report_commits.total());
 }
 
