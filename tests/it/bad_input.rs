@@ -103,7 +103,7 @@ fn enrolment_with_a_wrong_token_pin_or_fingerprint_leaves_nothing_and_then_works
     assert_tells(&other_pin, "ca_pin_mismatch", &[]);
     let wrong_fingerprint = format!("sha256:{}", "0".repeat(32));
     assert_tells(&agent.enrol_with(&token, &wrong_fingerprint, &[]), "recovery_key_mismatch", &[]);
-    assert_tells(&agent.enrol_with(&token, "md5:nonsense", &[]), "recovery_key_mismatch", &[]);
+    assert_tells(&agent.enrol_with(&token, "md5:nonsense", &[]), "recovery_fingerprint_malformed", &["md5:nonsense"]);
 
     assert!(!agent.is_enrolled(), "nothing of an identity is left");
     assert_ne!(agent.cli(&["run"]).code, Some(0), "a daemon without an identity does not start");

@@ -17,11 +17,7 @@ fn assert_nothing_is_left(world: &World, agent: &mut Agent, failed: &Run, class:
     let runs = agent.runs();
     let again = runs.iter().find(|run| run.uid() == failed.uid()).expect("the run is still known");
     again.assert_failed(class);
-    wait_until("recovery to have cleaned the repository", Duration::from_secs(60), || {
-        let repository = agent.repository("local");
-        !repository.path.exists() || (repository.snapshots().len() == good.len() && repository.locks().is_empty())
-    });
-    agent.assert_repository_holds(good);
+    agent.wait_repository_holds(good);
     let target = world.at("must-stay-away");
     let refused = agent.restore(failed.uid(), &target);
     assert_ne!(refused.code, Some(0), "a failed run was restored: {refused}");
@@ -301,17 +297,17 @@ fn stream_with_runner_and_worker_killed_together_commits_nothing() {
 #[test]
 fn file_that_vanishes_during_the_archive_is_counted_apart_and_the_run_succeeds() {
     let world = World::new("gate-vanish");
-    let source = world.source("source");
-    // restic reads a folder's names, then opens its files one by one as its readers come free: large ones
-    // first keep them busy.
-    for number in 0..6 {
-        files::write(source.join(format!("a-first-{number}.bin")), files::random_bytes(8_000_000));
+    // restic reads a folder's names at once and opens its files one after the other, as its readers come
+    // free: when the first pack is stored, the last names are known and far from being opened.
+    let source = world.at("source");
+    for number in 0..8_000 {
+        files::write(source.join(format!("a-{number:05}.bin")), files::random_bytes(10_000));
     }
     for number in 0..40 {
         files::write(source.join(format!("z-vanishing-{number}.txt")), "soon gone");
     }
     let faulty = FaultyRestic::new(&world.at("bin"));
-    faulty.slow_down(3_000);
+    faulty.slow_down(20_000);
     let agent = world.agent().restic(&faulty).allowed(Service::files("docs", [&source])).started();
     let snapshot = agent.snapshot_started("docs");
     agent.wait_archiving();
@@ -324,4 +320,68 @@ fn file_that_vanishes_during_the_archive_is_counted_apart_and_the_run_succeeds()
     assert_eq!(run.number("unreadable"), 0, "{run:?}");
     assert!(run.number("vanished") >= 1, "{run:?}");
     agent.assert_repository_holds(&[&run]);
+}
+
+#[test]
+fn removal_that_fails_is_owed_and_done_at_the_next_start() {
+    if !is_root_or_skips("removal_that_fails_is_owed_and_done_at_the_next_start") {
+        return;
+    }
+    let world = World::new("gate-owed");
+    let faulty = FaultyRestic::new(&world.at("bin"));
+    let (builder, _) = agent_of_nobody(&world);
+    let mut agent = builder.restic(&faulty).started();
+    faulty.on("forget", "echo 'the disk is busy' >&2; exit 1");
+    let run = agent.snapshot("docs");
+    run.assert_failed("source_unreadable");
+    assert_eq!(agent.repository("local").snapshots().len(), 1, "the partial snapshot could not be removed yet");
+    let refused = agent.restore(run.uid(), &world.at("must-stay-away"));
+    assert_ne!(refused.code, Some(0), "what is there is still not offered: {refused}");
+    faulty.heal("forget");
+    assert_nothing_is_left(&world, &mut agent, &run, "source_unreadable", &[]);
+}
+
+/// Makes restic's first, second, third ... call of a run go wrong, until the run no longer gets that far.
+fn fault_at_every_call(world: &World, instead: &str) {
+    let faulty = FaultyRestic::new(&world.at("bin"));
+    let source = world.source("source");
+    let mut agent = world.agent().restic(&faulty).allowed(Service::files("docs", [&source])).started();
+    let mut good: Vec<Run> = Vec::new();
+    for number in 1.. {
+        assert!(number < 30, "a run does not call restic so often");
+        files::write(source.join("changing.txt"), format!("version {number}"));
+        faulty.on_call(number, instead);
+        let run = agent.snapshot("docs");
+        let reached = !faulty.is_waiting();
+        faulty.heal("any");
+        if run.text("status") == "success" {
+            good.push(run);
+        } else {
+            assert!(reached, "it failed without a fault: {run:?}");
+            assert!(!run.text("error_message").is_empty() && run.text("artifact_url").is_empty(), "{run:?}");
+        }
+        agent.stop();
+        agent.start();
+        agent.wait_repository_holds(&good.iter().collect::<Vec<_>>());
+        if !reached {
+            assert!(number > 2, "the faults were never reached");
+            return;
+        }
+    }
+}
+
+#[test]
+fn restic_that_fails_at_any_call_leaves_only_whole_snapshots() {
+    fault_at_every_call(&World::new("gate-every-fails"), "exit 1");
+}
+
+#[test]
+fn restic_that_is_killed_at_any_call_leaves_only_whole_snapshots() {
+    fault_at_every_call(&World::new("gate-every-killed"), "kill -9 $$");
+}
+
+#[test]
+fn restic_that_dies_after_it_committed_leaves_only_whole_snapshots() {
+    // It does its work, and dies before it can say so.
+    fault_at_every_call(&World::new("gate-every-after"), "/usr/bin/restic \"$@\" >/dev/null; kill -9 $$");
 }

@@ -119,7 +119,7 @@ fn agent_killed_at_varying_moments_of_a_run_ends_it_once() {
     assert!(interrupted >= 1, "no kill fell into a run; the moments are badly chosen");
     assert_each_run_once(&world, &agent);
     let good: Vec<_> = agent.runs().into_iter().filter(|run| run.text("status") == "success").collect();
-    agent.assert_repository_holds(&good.iter().collect::<Vec<_>>());
+    agent.wait_repository_holds(&good.iter().collect::<Vec<_>>());
 }
 
 #[test]

@@ -58,7 +58,8 @@ struct Program {
 impl Program {
     fn new(world: &World) -> Self {
         let notes = world.at("notes.txt");
-        let marker = format!("HESTNER-SURVIVOR-{}", std::process::id());
+        let own = world.path().file_name().expect("a name").to_string_lossy().into_owned();
+        let marker = format!("HESTNER-SURVIVOR-{own}");
         // In a pattern, so that the program that looks for the marker does not find itself.
         let pattern = marker.replace("SURVIVOR", "SURVIVO[R]");
         let body = format!(

@@ -232,3 +232,25 @@ fn dry_run_prints_the_plan_and_does_nothing() {
     assert!(!world.at("notes.txt").exists(), "no hook ran");
     assert_eq!(agent.runs().len(), 0);
 }
+
+#[test]
+fn progress_of_a_running_archive_is_seen_at_the_centre() {
+    let world = World::new("journey-progress");
+    let faulty = hestner_tests::restic::FaultyRestic::new(&world.at("bin"));
+    faulty.slow_down(3_000);
+    let source = world.bulky_source("source", 40_000_000);
+    let agent = world.agent().restic(&faulty).allowed(Service::files("docs", [source])).started();
+    let snapshot = agent.snapshot_started("docs");
+    let running = wait_for("progress at the receiver", Duration::from_secs(60), || {
+        let run = world.receiver.runs(agent.server_id).into_iter().next()?;
+        (run["progress"]["bytes_done"].as_u64()? > 0).then_some(run)
+    });
+    assert_eq!(
+        (&running["status"], &running["progress"]["phase"]),
+        (&json!("running"), &json!("archive")),
+        "{running}"
+    );
+    assert!(running["progress"]["bytes_total"].as_u64().is_some_and(|total| total >= 40_000_000), "{running}");
+    faulty.heal("backup");
+    assert_eq!(snapshot.run().text("status"), "success");
+}

@@ -1,10 +1,9 @@
-//! An agent on loopback: its settings, its daemon, its command line.
+//! An agent on loopback: its daemon, its command line, its processes and its repository.
 //!
-//! [`AgentBuilder`] writes settings and grants and enrols; [`Agent`] runs the daemon and speaks to it as a
-//! person would. Everything the agent needs lies in one folder owned by the user it runs as. The daemon
-//! and all that it started end with the handle.
+//! Made by an [`AgentBuilder`]. It speaks to the daemon as a person would, finds its parts through `/proc`,
+//! and looks at what is stored with stock restic. Everything the agent needs lies in one folder owned by
+//! the user it runs as. The daemon and all that it started end with the handle.
 
-use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::Duration;
@@ -12,208 +11,18 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::clock::{wait_for, wait_until};
-use crate::command::{Cmd, Ended, Started};
+use crate::builder::AgentBuilder;
+use crate::clock::{self, wait_for, wait_until};
+use crate::command::{Cmd, Ended};
 use crate::files;
 use crate::processes::{self, Process};
-use crate::receiver::Receiver;
-use crate::restic::{FaultyRestic, Repository, STOCK};
-use crate::service::Service;
-use crate::world::{Company, bin};
+use crate::restic::Repository;
+use crate::run::{Run, Snapshotting};
 
 /// How long a start may take on a busy machine.
 const START_WITHIN: Duration = Duration::from_secs(30);
-/// The agent stays away for up to a minute when sessions kept breaking.
-const CONNECTED_WITHIN: Duration = Duration::from_secs(100);
 /// How long one snapshot of a test's small source may take.
 const RUN_WITHIN: Duration = Duration::from_secs(180);
-
-/// An agent to be.
-#[derive(Clone)]
-pub struct AgentBuilder {
-    folder: PathBuf,
-    receiver: [String; 2],
-    token: String,
-    fingerprint: String,
-    uid: Option<u32>,
-    restic: PathBuf,
-    state: PathBuf,
-    destinations: Vec<(String, PathBuf)>,
-    services: Vec<Service>,
-    grants: Vec<(String, String, String)>,
-    sections: Vec<(String, String)>,
-}
-
-impl AgentBuilder {
-    /// One with a destination `local` in its own folder, for a receiver and a company.
-    pub fn new(folder: &Path, receiver: &Receiver, company: &Company) -> Self {
-        Self {
-            folder: folder.to_owned(),
-            receiver: [receiver.agents().to_string(), receiver.enrolment().to_string()],
-            token: receiver.token(company.id, &[]),
-            fingerprint: company.fingerprint.clone(),
-            uid: None,
-            restic: PathBuf::from(STOCK),
-            state: folder.join("state"),
-            destinations: vec![("local".to_owned(), folder.join("repository"))],
-            services: Vec::new(),
-            grants: Vec::new(),
-            sections: Vec::new(),
-        }
-    }
-
-    /// Runs daemon and command line as this user, so that files can be unreadable.
-    #[must_use]
-    pub fn as_user(mut self, uid: u32) -> Self {
-        self.uid = Some(uid);
-        self
-    }
-
-    /// Uses a program in restic's place.
-    #[must_use]
-    pub fn restic(mut self, faulty: &FaultyRestic) -> Self {
-        self.restic = faulty.program();
-        self
-    }
-
-    /// Puts the state elsewhere.
-    #[must_use]
-    pub fn state(mut self, path: &Path) -> Self {
-        self.state = path.to_owned();
-        self
-    }
-
-    /// Puts the destination `local` elsewhere, or adds another one.
-    #[must_use]
-    pub fn destination(mut self, name: &str, path: &Path) -> Self {
-        self.destinations.retain(|(other, _)| other != name);
-        self.destinations.push((name.to_owned(), path.to_owned()));
-        self
-    }
-
-    /// Adds a service.
-    #[must_use]
-    pub fn service(mut self, service: Service) -> Self {
-        self.services.push(service);
-        self
-    }
-
-    /// Adds a service and allows snapshots of it.
-    #[must_use]
-    pub fn allowed(self, service: Service) -> Self {
-        let name = service.name.clone();
-        self.service(service).grant(&name, "snapshot", "allow")
-    }
-
-    /// Writes a grant.
-    #[must_use]
-    pub fn grant(mut self, service: &str, verb: &str, value: &str) -> Self {
-        self.grants.push((service.to_owned(), verb.to_owned(), value.to_owned()));
-        self
-    }
-
-    /// Adds a line to a section of the settings, such as `("floor", "retention_days = 7")`.
-    #[must_use]
-    pub fn setting(mut self, section: &str, line: &str) -> Self {
-        self.sections.push((section.to_owned(), line.to_owned()));
-        self
-    }
-
-    /// Uses this token instead of a fresh one.
-    #[must_use]
-    pub fn token(mut self, token: &str) -> Self {
-        token.clone_into(&mut self.token);
-        self
-    }
-
-    /// Writes the files only.
-    pub fn written(self) -> Agent {
-        let agent = Agent {
-            config: self.folder.join("agent.toml"),
-            log: self.folder.join("agent.log"),
-            binary: self.binary(),
-            server_id: 0,
-            child: None,
-            builder: self,
-        };
-        agent.write_files();
-        agent
-    }
-
-    /// Writes the files and enrols.
-    pub fn enrolled(self) -> Agent {
-        let mut agent = self.written();
-        agent.enrol_again();
-        agent
-    }
-
-    /// Writes the files, enrols, starts the daemon and waits until it is connected.
-    pub fn started(self) -> Agent {
-        let mut agent = self.enrolled();
-        agent.start();
-        agent
-    }
-
-    /// Settings as TOML.
-    pub fn settings(&self) -> String {
-        let mut text = format!(
-            "state_dir = {:?}\nsocket = {:?}\ngrants = {:?}\n",
-            self.state,
-            self.folder.join("control.sock"),
-            self.folder.join("grants.toml"),
-        );
-        let [address, enrolment] = &self.receiver;
-        let mut sections = vec![
-            ("receiver".to_owned(), format!("address = {address:?}\nenrolment_address = {enrolment:?}")),
-            ("repository".to_owned(), format!("restic = {:?}", self.restic)),
-        ];
-        // Neither the machine's units nor its containers matter to most tests.
-        if !self.sections.iter().any(|(name, _)| name == "inventory") {
-            sections.push(("inventory".to_owned(), "systemd = false\ndocker_socket = \"/nonexistent\"".to_owned()));
-        }
-        for (name, line) in &self.sections {
-            match sections.iter_mut().find(|(other, _)| other == name) {
-                Some((_, lines)) => lines.extend(["\n", line]),
-                None => sections.push((name.clone(), line.clone())),
-            }
-        }
-        for (name, lines) in sections {
-            let _ = write!(text, "[{name}]\n{lines}\n");
-        }
-        for (name, path) in &self.destinations {
-            let _ = write!(text, "[[destination]]\nname = {name:?}\nkind = \"folder\"\npath = {path:?}\n");
-        }
-        let destination = &self.destinations[0].0;
-        self.services.iter().for_each(|service| text.push_str(&service.toml(destination)));
-        text
-    }
-
-    fn grants_text(&self) -> String {
-        let mut text = String::new();
-        let mut services: Vec<&String> = self.grants.iter().map(|(service, ..)| service).collect();
-        services.sort();
-        services.dedup();
-        for service in services {
-            let _ = writeln!(text, "[services.{service}]");
-            for (_, verb, value) in self.grants.iter().filter(|(name, ..)| name == service) {
-                let _ = writeln!(text, "{verb} = {value:?}");
-            }
-        }
-        text
-    }
-
-    /// The program; a copy where the user could not reach the one that cargo built.
-    fn binary(&self) -> PathBuf {
-        let built = bin("hestner-agent");
-        if self.uid.is_none() {
-            return built;
-        }
-        let copy = self.folder.with_extension("bin").join("hestner-agent");
-        std::fs::create_dir_all(copy.parent().expect("a parent")).expect("a folder");
-        std::fs::copy(&built, &copy).expect("a copy of the program");
-        copy
-    }
-}
 
 /// An agent on loopback. Ends with its handle.
 pub struct Agent {
@@ -229,6 +38,20 @@ pub struct Agent {
 }
 
 impl Agent {
+    /// Writes the files of an agent to be.
+    pub(crate) fn written(builder: AgentBuilder) -> Self {
+        let agent = Self {
+            config: builder.folder.join("agent.toml"),
+            log: builder.folder.join("agent.log"),
+            binary: builder.binary(),
+            server_id: 0,
+            child: None,
+            builder,
+        };
+        agent.write_files();
+        agent
+    }
+
     fn write_files(&self) {
         std::fs::create_dir_all(&self.builder.folder).expect("a folder");
         std::fs::create_dir_all(&self.builder.state).expect("a folder");
@@ -327,7 +150,7 @@ impl Agent {
 
     /// Waits until the receiver has welcomed it.
     pub fn wait_connected(&self) {
-        wait_until("the agent to be connected", CONNECTED_WITHIN, || self.status()["connected"] == true);
+        wait_until("the agent to be connected", START_WITHIN, || self.status()["connected"] == true);
     }
 
     /// Waits until every report is acknowledged.
@@ -463,24 +286,39 @@ impl Agent {
         }
     }
 
-    /// Asserts that the repository holds these snapshots only (short or long ids) and no lock.
+    /// Asserts that the repository holds the snapshots of these runs only, and no lock.
     ///
     /// # Panics
     /// When it does not.
     pub fn assert_repository_holds(&self, expected: &[&Run]) {
+        self.repository_holds(expected).unwrap_or_else(|difference| panic!("{difference}"));
+    }
+
+    /// The same, once what an earlier daemon left has been cleaned up.
+    ///
+    /// # Panics
+    /// When it is not within a minute.
+    pub fn wait_repository_holds(&self, expected: &[&Run]) {
+        clock::eventually(Duration::from_secs(60), || self.repository_holds(expected).is_ok());
+        self.assert_repository_holds(expected);
+    }
+
+    fn repository_holds(&self, expected: &[&Run]) -> Result<(), String> {
         let repository = self.repository("local");
-        if !repository.path.exists() {
-            assert!(expected.is_empty(), "there is no repository at {}", repository.path.display());
-            return;
+        if !repository.path.join("config").exists() {
+            let fine = expected.is_empty();
+            return if fine { Ok(()) } else { Err(format!("there is no repository at {}", repository.path.display())) };
         }
         let mut held: Vec<String> =
             repository.snapshots().iter().map(|s| s["id"].as_str().expect("an id").to_owned()).collect();
         let mut wanted: Vec<String> = expected.iter().map(|run| run.snapshot_id()).collect();
         held.sort();
         wanted.sort();
-        let same = held.len() == wanted.len() && held.iter().zip(&wanted).all(|(h, w)| h.starts_with(w.as_str()));
-        assert!(same, "the repository holds {held:?}, expected {wanted:?}");
-        assert_eq!(repository.locks(), Vec::<String>::new(), "locks were left behind");
+        let locks = repository.locks();
+        if held == wanted && locks.is_empty() {
+            return Ok(());
+        }
+        Err(format!("the repository holds {held:?}, expected {wanted:?}; locks left behind: {locks:?}"))
     }
 }
 
@@ -490,69 +328,5 @@ impl Drop for Agent {
         self.kill9();
         below.iter().for_each(|process| processes::kill(process.pid));
         processes::kill_all_naming(&self.builder.folder);
-    }
-}
-
-/// A `snapshot` command on its way.
-pub struct Snapshotting(Started);
-
-impl Snapshotting {
-    /// The command's end, whatever it is.
-    pub fn ended(self) -> Ended {
-        self.0.ended()
-    }
-
-    /// The run that it printed.
-    pub fn run(self) -> Run {
-        Run(self.0.ended().any_json())
-    }
-}
-
-/// A run as `--json` prints it.
-#[derive(Clone, Debug)]
-pub struct Run(pub Value);
-
-impl Run {
-    /// A text field; empty when it is missing.
-    pub fn text(&self, field: &str) -> &str {
-        self.0[field].as_str().unwrap_or_default()
-    }
-
-    /// A number field.
-    ///
-    /// # Panics
-    /// When it is missing.
-    pub fn number(&self, field: &str) -> u64 {
-        self.0[field].as_u64().unwrap_or_else(|| panic!("no {field} in {}", self.0))
-    }
-
-    /// Its uid.
-    ///
-    /// # Panics
-    /// When it has none.
-    pub fn uid(&self) -> &str {
-        let uid = self.text("run_uid");
-        assert!(!uid.is_empty(), "no run_uid in {}", self.0);
-        uid
-    }
-
-    /// The restic snapshot that its `artifact_url` names.
-    ///
-    /// # Panics
-    /// When it names none.
-    pub fn snapshot_id(&self) -> String {
-        let url = self.text("artifact_url");
-        let (_, id) = url.rsplit_once('/').unwrap_or_else(|| panic!("no artifact in {}", self.0));
-        id.to_owned()
-    }
-
-    /// Asserts that it failed, and why.
-    ///
-    /// # Panics
-    /// When it did not, or for another reason.
-    pub fn assert_failed(&self, class: &str) {
-        assert_eq!((self.text("status"), self.text("error_class")), ("failed", class), "{}", self.0);
-        assert!(!self.text("error_message").is_empty(), "a failed run says what happened: {}", self.0);
-        assert_eq!(self.text("artifact_url"), "", "a failed run has no artifact: {}", self.0);
     }
 }

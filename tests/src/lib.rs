@@ -1,12 +1,13 @@
 //! Harness of the black-box tests: real binaries, real files, real `restic`.
 //!
-//! A test reads as a story: a [`World`](world::World) is a folder with a receiver that serves, a company
-//! and its keys; [`AgentBuilder`](agent::AgentBuilder) puts an agent into it. Handles end what they
+//! A test reads as a story: a [`World`] is a folder with a receiver that serves, a company
+//! and its keys; [`AgentBuilder`] puts an agent into it. Handles end what they
 //! started when they go out of scope, whatever happened to the test. The harness knows the programs by
 //! their command lines, files, sockets and REST only: nothing here imports `agent` or `receiver`, so that
 //! a test cannot pass because both sides share a mistake.
 
 pub mod agent;
+pub mod builder;
 pub mod clock;
 pub mod command;
 pub mod files;
@@ -15,14 +16,17 @@ pub mod mounts;
 pub mod processes;
 pub mod receiver;
 pub mod restic;
+pub mod run;
 pub mod service;
 pub mod tree;
 pub mod world;
 
-pub use agent::{Agent, AgentBuilder, Run};
+pub use agent::Agent;
+pub use builder::AgentBuilder;
 pub use clock::{wait_for, wait_until};
 pub use command::{Cmd, Ended};
 pub use receiver::Receiver;
+pub use run::Run;
 pub use service::{Hook, Service};
 pub use world::World;
 

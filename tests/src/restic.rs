@@ -85,6 +85,7 @@ for word in "$@"; do
   esac
 done
 echo "$verb $*" >>"$HERE/calls.log"
+[ -e "$HERE/on-any" ] && . "$HERE/on-any"
 [ -e "$HERE/on-$verb" ] && . "$HERE/on-$verb"
 exec {STOCK} "$@""#,
             folder = folder.display(),
@@ -104,14 +105,27 @@ exec {STOCK} "$@""#,
     }
 
     /// From now on runs `snippet` before that verb. The snippet may end the call itself (`exit 1`), hang,
-    /// or change the arguments (`set -- "$@" --limit-upload 200`).
+    /// or change the arguments (`set -- --limit-upload 200 "$@"`).
     pub fn on(&self, verb: &str, snippet: &str) {
         files::write(self.folder.join(format!("on-{verb}")), snippet);
     }
 
+    /// From now on the `number`-th call, whatever its verb, does `instead` (`exit 1`, `kill -9 $$`); the
+    /// others behave. Counted from 1.
+    pub fn on_call(&self, number: usize, instead: &str) {
+        let number = self.calls().len() + number;
+        let reached = format!("[ \"$(wc -l <\"$HERE/calls.log\")\" -eq {number} ]");
+        self.on("any", &format!("if {reached}; then rm \"$HERE/on-any\"; {instead}; fi"));
+    }
+
+    /// Whether the call of [`FaultyRestic::on_call`] is still to come.
+    pub fn is_waiting(&self) -> bool {
+        self.folder.join("on-any").exists()
+    }
+
     /// Slows down what `backup` writes, so that a test can act while it goes on.
     pub fn slow_down(&self, kilobytes_per_second: u32) {
-        self.on("backup", &format!("set -- \"$@\" --limit-upload {kilobytes_per_second}"));
+        self.on("backup", &format!("set -- --limit-upload {kilobytes_per_second} \"$@\""));
     }
 
     /// Makes that verb leave a mark and then hang until it is killed or [`FaultyRestic::heal`]ed.

@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::agent::AgentBuilder;
+use crate::builder::AgentBuilder;
 use crate::command::Cmd;
 use crate::receiver::Receiver;
 use crate::{files, processes};
