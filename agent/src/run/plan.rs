@@ -128,8 +128,11 @@ impl Plan {
         if verb != Verb::Snapshot {
             return Err(Failure::new(ErrorClass::UnknownVerb, format!("a run cannot do `{verb}`")));
         }
-        let policy =
-            Policies::of(&host.state_dir).load(service).map_err(|e| Failure::of(ErrorClass::SettingsInvalid, &e))?;
+        let unreadable = |e: files::FileError| {
+            let message = format!("{}; put the policy again at the receiver", chain(&e));
+            Failure::new(ErrorClass::SettingsInvalid, message)
+        };
+        let policy = Policies::of(&host.state_dir).load(service).map_err(unreadable)?;
         if let Some(policy) = &policy {
             gate::check_policy(policy, &host.destinations, &host.floor)?;
         }
