@@ -53,7 +53,9 @@ fn mask_keys(line: &str) -> String {
         let loose = key == Some(&"bearer") || line[..at].ends_with("--");
         let behind =
             |key: &&str| value_behind(&line[at + key.len()..], loose).map(|(skip, len)| (key.len() + skip, len));
-        let Some(value) = key.and_then(behind) else {
+        // `/keys/x.password: No such file` names a file; what follows is no secret.
+        let names_file = is_path(&line[..at]) && key.is_some_and(|key| line[at + key.len()..].starts_with(": "));
+        let Some(value) = key.filter(|_| !names_file).and_then(behind) else {
             let step = line[at..].chars().next().map_or(1, char::len_utf8);
             out.push_str(&line[at..at + step]);
             at += step;
@@ -64,6 +66,11 @@ fn mask_keys(line: &str) -> String {
         at += value.0 + value.1;
     }
     out
+}
+
+/// Whether a line ends within the path of a file.
+fn is_path(before: &str) -> bool {
+    before.rsplit(' ').next().is_some_and(|word| word.contains('/'))
 }
 
 /// Where a value begins behind its key, and how long it is. `loose`: a space is enough between the two.
@@ -116,6 +123,8 @@ mod tests {
             ("dial postgres://app:hunter2@db/x", "dial postgres://app:***@db/x"),
             ("the password in /k does not open it", "the password in /k does not open it"),
             ("dump --password hunter2 db", "dump --password *** db"),
+            ("open /k/x.password: No such file", "open /k/x.password: No such file"),
+            ("GET https://x/y?token=abc", "GET https://x/y?token=***"),
             ("nothing to hide: ümlaut", "nothing to hide: ümlaut"),
         ] {
             assert_eq!(mask(line), expected);
