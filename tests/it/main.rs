@@ -7,6 +7,7 @@ mod bad_input;
 mod btrfs;
 mod commit_gate;
 mod exactly_once;
+mod false_green;
 mod fidelity;
 mod grants;
 mod hooks;
