@@ -66,9 +66,13 @@ pub fn make_private_folder(path: &Path) -> Result<(), Error> {
 /// # Errors
 /// [`Error::Write`].
 pub fn make_private_file(path: &Path) -> Result<(), Error> {
-    let failed = |source| Error::Write { path: path.to_owned(), source };
-    let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path).map_err(failed)?;
-    file.set_permissions(fs::Permissions::from_mode(0o600)).map_err(failed)
+    // A file that is there is not opened: to close it would give up every lock that this process holds on it
+    // (<https://sqlite.org/howtocorrupt.html#_posix_advisory_locks_canceled_by_a_separate_thread_doing_close_>).
+    match OpenOptions::new().create_new(true).write(true).mode(0o600).open(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => fs::set_permissions(path, fs::Permissions::from_mode(0o600)),
+    }
+    .map_err(|source| Error::Write { path: path.to_owned(), source })
 }
 
 /// Replaces `path` by `bytes` with permission bits `mode`, atomically and durably.

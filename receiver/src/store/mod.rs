@@ -29,7 +29,9 @@ use crate::platform::files;
 
 /// Name of the database's file in the state folder.
 pub const FILE_NAME: &str = "receiver.db";
-/// Name of the file that keeps two migrations apart: SQLite's own locks do not, they end with each statement.
+/// Name of the file that keeps two first starts apart. SQLite's own locks do not: those of a migration end with
+/// each statement, and the change to the write-ahead log answers "locked" at once instead of waiting its turn
+/// (<https://sqlite.org/c3ref/busy_handler.html>: no busy handler where two would wait for each other).
 const LOCK_FILE: &str = "store.lock";
 /// Oldest SQLite without the WAL-reset corruption bug (<https://sqlite.org/wal.html#walresetbug>).
 const SQLITE_VERSION_MIN: (u32, u32, u32) = (3, 51, 3);
@@ -140,6 +142,7 @@ impl Store {
         let path = state_dir.join(FILE_NAME);
         // It holds hashes of secrets and escrowed keys; SQLite gives its log files the same mode.
         files::make_private_file(&path)?;
+        let _lock = lock(state_dir.join(LOCK_FILE)).await?;
         let opened = |source| Error::Open { path: path.clone(), source };
         let options = SqliteConnectOptions::new()
             .filename(&path)
@@ -151,7 +154,7 @@ impl Store {
         let pool = || SqlitePoolOptions::new().acquire_timeout(ACQUIRE_TIME_MAX);
         let writer = pool().max_connections(1).connect_with(options.clone()).await.map_err(opened)?;
         check_version(&writer).await?;
-        migrate(&writer, state_dir.join(LOCK_FILE)).await?;
+        sqlx::migrate!("./migrations").run(&writer).await.map_err(Error::Migrate)?;
         let readers =
             pool().max_connections(READERS_MAX).connect_with(options.read_only(true)).await.map_err(opened)?;
         Ok(Self { writer, readers })
@@ -180,14 +183,11 @@ impl Store {
     }
 }
 
-async fn migrate(writer: &SqlitePool, lock_path: PathBuf) -> Result<()> {
-    let path = lock_path.clone();
+async fn lock(path: PathBuf) -> Result<files::Lock> {
+    let named = path.clone();
     // Whoever holds it may be a task of this very thread, so waiting for it must not block the thread.
-    let locked = tokio::task::spawn_blocking(move || files::lock(&path)).await;
-    let _lock = locked
-        .map_err(|error| files::Error::Write { path: lock_path, source: std::io::Error::other(error) })
-        .flatten()?;
-    sqlx::migrate!("./migrations").run(writer).await.map_err(Error::Migrate)
+    let locked = tokio::task::spawn_blocking(move || files::lock(&named)).await;
+    Ok(locked.map_err(|error| files::Error::Write { path, source: std::io::Error::other(error) }).flatten()?)
 }
 
 async fn check_version(pool: &SqlitePool) -> Result<()> {
