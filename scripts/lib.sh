@@ -36,3 +36,22 @@ install_packages() {
 need_rust() {
   command -v cargo >/dev/null || die "there is no Rust toolchain" "install it from https://rustup.rs and run this again" 64
 }
+
+# A small Debian 12 with systemd, for the tests that boot one: made once, never changed, shared by all of them. An
+# interrupted debootstrap leaves a folder of another name.
+booted_tree() {
+  local tree=$1
+  mkdir -p "$(dirname "$tree")"
+  (
+    flock 9
+    [ ! -d "$tree" ] || exit 0
+    headline "debootstrap of a small Debian into $tree"
+    rm -rf --one-file-system "$tree.new"
+    debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,restic,btrfs-progs,xfsprogs,e2fsprogs \
+      bookworm "$tree.new" http://deb.debian.org/debian >"$tree.log" 2>&1 \
+      || die "debootstrap failed, see $tree.log" "look whether deb.debian.org can be reached"
+    rm -rf "$tree.new/var/cache/apt/archives" "$tree.new/var/lib/apt/lists"
+    : >"$tree.new/etc/machine-id"
+    mv "$tree.new" "$tree"
+  ) 9>"$tree.lock"
+}

@@ -15,12 +15,12 @@ use tokio::io::BufReader;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 
-use crate::lifecycle::{Drain, Tasks};
+use crate::lifecycle::{Drain, Pulse, Tasks};
 use crate::platform::files::{self, FileError};
 use crate::platform::lines;
 use crate::platform::trust;
 use crate::report::RunRecord;
-use crate::status::Status;
+use crate::status::{Status, WaitingRun};
 
 /// Longest line either way.
 const LINE_BYTES_MAX: u64 = 4 * 1024 * 1024;
@@ -52,6 +52,25 @@ pub enum Request {
         /// Of which service.
         service: String,
     },
+    /// The runs that wait for a person.
+    Waiting,
+    /// One of them.
+    Wait {
+        /// Which.
+        run_uid: String,
+    },
+    /// Let it begin. The runner demands root's own file besides.
+    Confirm {
+        /// Which.
+        run_uid: String,
+    },
+    /// End it.
+    Refuse {
+        /// Which.
+        run_uid: String,
+        /// Who says so, for the record.
+        by: String,
+    },
 }
 
 /// What the daemon answers.
@@ -78,6 +97,8 @@ pub enum Answer {
         /// 0 while unknown.
         seconds_remaining: u32,
     },
+    /// Runs that wait for a person, oldest first; or the one that was asked for.
+    Waiting(Vec<WaitingRun>),
     /// Its end.
     Ended(Box<RunRecord>),
     /// What it would do.
@@ -167,12 +188,12 @@ pub async fn bind(path: &Path) -> Result<Listener, ControlError> {
 
 impl Listener {
     /// Takes callers until the drain, then removes the socket.
-    pub async fn run(self, calls: mpsc::Sender<Call>, tasks: Tasks, drain: Drain) {
+    pub async fn run(self, calls: mpsc::Sender<Call>, mut pulse: Pulse, tasks: Tasks, drain: Drain) {
         let places = std::sync::Arc::new(tokio::sync::Semaphore::new(CALLERS_MAX));
         loop {
             let accepted = tokio::select! {
                 () = drain.cancelled() => break,
-                accepted = self.socket.accept() => accepted,
+                accepted = pulse.rest(self.socket.accept()) => accepted,
             };
             let (Ok((stream, _)), Ok(place)) = (accepted, std::sync::Arc::clone(&places).try_acquire_owned()) else {
                 continue;
@@ -280,7 +301,7 @@ mod tests {
         let listener = bind(&path).await.unwrap();
         let (calls, mut waiting) = mpsc::channel(1);
         let tasks = Tasks::default();
-        tasks.spawn("control", listener.run(calls, tasks.clone(), tasks.drain()));
+        tasks.spawn("control", listener.run(calls, tasks.pulse("control"), tasks.clone(), tasks.drain()));
         let mut conversation = ask(&path, &Request::Runs { limit: 3 }).await.unwrap();
         let call = waiting.recv().await.unwrap();
         assert_eq!(call.request, Request::Runs { limit: 3 });

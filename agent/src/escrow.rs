@@ -3,6 +3,7 @@
 //! Plain data, with no way to print what must not be printed. It is made by the repository and told by a
 //! report.
 
+use hestner_proto::sha256_hex;
 use serde::{Deserialize, Serialize};
 
 /// The key that opens a repository, as the company gets it.
@@ -24,6 +25,16 @@ pub enum EscrowedKey {
     Wrapped(Vec<u8>),
     /// In the clear, where the host's settings switch encryption off.
     Open(String),
+}
+
+impl EscrowedKey {
+    /// What tells two keys apart without holding either.
+    pub fn mark(&self) -> String {
+        match self {
+            Self::Wrapped(bytes) => sha256_hex(bytes),
+            Self::Open(password) => sha256_hex(format!("open:{password}").as_bytes()),
+        }
+    }
 }
 
 impl std::fmt::Debug for EscrowedKey {

@@ -1,9 +1,11 @@
 //! Whether the host lets something happen: grants and floors, and nothing else.
 //!
 //! Pure: it reads no file and no clock. The daemon asks it about policies as they arrive, the runner about
-//! every run, each with what it has read itself. What is not allowed in so many words is refused.
+//! every run, each with what it has read itself. What is not allowed in so many words is refused; what has
+//! to be confirmed is refused without a [`Confirmation`] of that very run.
 
 use hestner_proto::words::{ErrorClass, GrantValue, Verb};
+use serde::{Deserialize, Serialize};
 
 use crate::policy::{DestinationSettings, Floor, Grants, Policy};
 
@@ -20,21 +22,71 @@ fn refuse<T>(class: ErrorClass, message: String) -> Result<T, Refusal> {
     Err(Refusal { class, message })
 }
 
+/// What a run still needs although it is not denied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Needs {
+    /// Nothing: it may begin.
+    Nothing,
+    /// A person who confirms it on the host.
+    Confirmation,
+}
+
+/// A person's word for one run, as root's own file holds it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Confirmation {
+    /// The run.
+    pub run_uid: String,
+    /// The service that the person was shown.
+    pub service: String,
+    /// The verb that the person was shown.
+    pub verb: String,
+    /// Who confirmed, for the log.
+    pub by: String,
+    /// When it stops to count, in milliseconds since the epoch.
+    pub expires_at_ms: i64,
+}
+
 /// Decides on one run.
 ///
 /// # Errors
 /// The refusal.
-pub fn decide(grants: &Grants, service: &str, verb: Verb) -> Result<(), Refusal> {
+pub fn decide(grants: &Grants, service: &str, verb: Verb) -> Result<Needs, Refusal> {
     match grants.get(service, verb) {
-        GrantValue::Allow => Ok(()),
+        GrantValue::Allow => Ok(Needs::Nothing),
+        GrantValue::Confirm => Ok(Needs::Confirmation),
         GrantValue::Deny => {
             refuse(ErrorClass::Refused, format!("the host's grants deny `{verb}` for service `{service}`"))
         }
-        GrantValue::Confirm => refuse(
-            ErrorClass::Refused,
-            format!("the host's grants want a person to confirm `{verb}` for service `{service}`, and nobody has"),
-        ),
     }
+}
+
+/// Decides whether a confirmation lets a run begin: it must be there, be for this run, service and verb,
+/// and still count.
+///
+/// # Errors
+/// The refusal.
+pub fn check_confirmation(
+    confirmation: Option<&Confirmation>,
+    run: (&str, &str, Verb),
+    now_ms: i64,
+) -> Result<(), Refusal> {
+    let (run_uid, service, verb) = run;
+    let Some(confirmation) = confirmation else {
+        let message = format!("a person has to confirm `{verb}` for service `{service}` on the host, and nobody has");
+        return refuse(ErrorClass::NotConfirmed, message);
+    };
+    let Confirmation { run_uid: of_run, service: of_service, verb: of_verb, by, expires_at_ms } = confirmation;
+    if of_run != run_uid || of_service != service || of_verb != verb.as_str() {
+        let message = format!(
+            "`{by}` confirmed `{of_verb}` for service `{of_service}`, and run {run_uid} is `{verb}` for service `{service}`"
+        );
+        return refuse(ErrorClass::NotConfirmed, message);
+    }
+    if *expires_at_ms <= now_ms {
+        let message = format!("the confirmation of `{verb}` for service `{service}` by `{by}` had expired");
+        return refuse(ErrorClass::NotConfirmed, message);
+    }
+    Ok(())
 }
 
 /// Decides on a policy of the centre.
@@ -130,9 +182,40 @@ mod tests {
     fn nothing_is_allowed_that_is_not_written() {
         let grants = parse_grants("[services.docs]\nverify = \"allow\"\nprune = \"confirm\"").unwrap();
         for verb in Verb::ALL {
-            assert_eq!(decide(&grants, "docs", *verb).is_ok(), *verb == Verb::Verify, "{verb}");
+            let expected = match verb {
+                Verb::Verify => Some(Needs::Nothing),
+                Verb::Prune => Some(Needs::Confirmation),
+                _ => None,
+            };
+            assert_eq!(decide(&grants, "docs", *verb).ok(), expected, "{verb}");
             assert!(decide(&grants, "other", *verb).is_err());
         }
+    }
+
+    #[test]
+    fn confirmation_counts_for_its_own_run_service_verb_and_time_only() {
+        let good = Confirmation {
+            run_uid: "a".into(),
+            service: "docs".into(),
+            verb: "snapshot".into(),
+            by: "root".into(),
+            expires_at_ms: 1_000,
+        };
+        let check = |confirmation: &Confirmation, now| {
+            check_confirmation(Some(confirmation), ("a", "docs", Verb::Snapshot), now).map_err(|r| r.class)
+        };
+        assert_eq!(check(&good, 999), Ok(()));
+        let wrong = [
+            Confirmation { run_uid: "b".into(), ..good.clone() },
+            Confirmation { service: "other".into(), ..good.clone() },
+            Confirmation { verb: "restore".into(), ..good.clone() },
+        ];
+        for confirmation in wrong {
+            assert_eq!(check(&confirmation, 999), Err(ErrorClass::NotConfirmed), "{confirmation:?}");
+        }
+        assert_eq!(check(&good, 1_000), Err(ErrorClass::NotConfirmed), "it has expired");
+        let none = check_confirmation(None, ("a", "docs", Verb::Snapshot), 0);
+        assert_eq!(none.unwrap_err().class, ErrorClass::NotConfirmed);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use sysinfo::{DiskRefreshKind, Disks, MemoryRefreshKind, Networks, System};
 use tokio::sync::{mpsc, watch};
 use toml_example::TomlExample;
 
-use crate::lifecycle::Drain;
+use crate::lifecycle::{Drain, Pulse};
 use crate::platform::clock::SharedClock;
 use crate::report::Usage;
 
@@ -136,13 +136,13 @@ pub struct Heart {
 
 impl Heart {
     /// Runs until the drain.
-    pub async fn run(self, drain: Drain) {
+    pub async fn run(self, mut pulse: Pulse, drain: Drain) {
         let mut probe = match Probe::new() {
             Ok(probe) => probe,
             Err(error) => {
                 // Without /proc there is nothing to tell; backups go on.
                 tracing::error!(event = "host_not_readable", error = %error);
-                return drain.cancelled().await;
+                return pulse.rest(drain.cancelled()).await;
             }
         };
         let now = self.clock.now();
@@ -152,7 +152,7 @@ impl Heart {
         loop {
             tokio::select! {
                 () = drain.cancelled() => return,
-                _ = ticks.tick() => self.beat(&mut probe, &mut meter).await,
+                _ = pulse.rest(ticks.tick()) => self.beat(&mut probe, &mut meter).await,
             }
         }
     }

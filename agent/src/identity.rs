@@ -4,18 +4,24 @@
 //! that the pair is never torn apart. A renewed pair waits beside as `next.pem` until it has carried a
 //! message; the old one is replaced only then, and nothing is ever deleted because it was rejected.
 //!
-//! Files in `STATE/identity`: `agent.pem` (key, certificate, CA), `next.pem` (the same, renewed),
-//! `enrolling.pem` (the key of an enrolment that has not ended), `recovery.txt` (an age recipient).
+//! Files in `STATE/daemon/identity`, the daemon's: `agent.pem` (key, certificate, CA), `next.pem` (the same,
+//! renewed), `enrolling.pem` (the key of an enrolment that has not ended). Beside them, in `STATE`, lies
+//! `server.json` ([`Server`]), which a daemon that was taken over cannot change: the runner believes it, and
+//! nothing else, of what came from the receiver.
 
 use std::path::{Path, PathBuf};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use hestner_proto::identity::AgentId;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use serde::{Deserialize, Serialize};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 use zeroize::Zeroizing;
 
 use crate::platform::files::{self, FileError};
+use crate::platform::process;
+use crate::platform::trust::{self, Distrust};
+use crate::policy::DAEMON_FOLDER;
 
 /// An identity file is about two kilobytes.
 const IDENTITY_BYTES_MAX: u64 = 64 * 1024;
@@ -29,6 +35,9 @@ pub enum IdentityError {
     /// A file cannot be read or written.
     #[error(transparent)]
     File(#[from] FileError),
+    /// Others could have written what the runner believes.
+    #[error("what this host was enrolled as is not believed")]
+    Distrust(#[from] Distrust),
     /// A file holds something else.
     #[error("{path} is damaged: {reason}")]
     Damaged {
@@ -157,16 +166,61 @@ impl Request {
     }
 }
 
-/// The folder that keeps the identity.
+/// What the runner has to know of the enrolment: `STATE/server.json`, the runner's own file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Server {
+    /// The company.
+    pub company_id: i64,
+    /// The server; it names the repository.
+    pub server_id: i64,
+    /// The company's recovery key, whose fingerprint was typed at enrolment.
+    pub recovery_recipient: String,
+}
+
+impl Server {
+    /// Reads it.
+    ///
+    /// # Errors
+    /// [`IdentityError::NotEnrolled`], or when it is damaged or others could have written it.
+    pub fn read(state_dir: &Path) -> Result<Self, IdentityError> {
+        let path = Self::path(state_dir);
+        match trust::read_text(&path, IDENTITY_BYTES_MAX) {
+            Ok(text) => {
+                serde_json::from_str(&text).map_err(|error| IdentityError::Damaged { path, reason: error.to_string() })
+            }
+            Err(error) if error.is_missing() => Err(IdentityError::NotEnrolled),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn keep(&self, state_dir: &Path) -> Result<(), IdentityError> {
+        let text = serde_json::to_vec_pretty(self).unwrap_or_default();
+        Ok(files::write(&Self::path(state_dir), &text, 0o600)?)
+    }
+
+    fn path(state_dir: &Path) -> PathBuf {
+        state_dir.join("server.json")
+    }
+}
+
+/// The folders that keep the identity.
 #[derive(Clone, Debug)]
 pub struct Keeper {
+    state_dir: PathBuf,
     folder: PathBuf,
 }
 
 impl Keeper {
     /// The identity of an agent whose state lies in `state_dir`.
     pub fn of(state_dir: &Path) -> Self {
-        Self { folder: state_dir.join("identity") }
+        Self { state_dir: state_dir.to_owned(), folder: state_dir.join(DAEMON_FOLDER).join("identity") }
+    }
+
+    /// Works in the daemon's folder as its owner: the enrolment is done by root, the folder is the daemon's.
+    fn as_daemon<T>(&self, work: impl FnOnce() -> Result<T, IdentityError>) -> Result<T, IdentityError> {
+        let daemon = self.state_dir.join(DAEMON_FOLDER);
+        files::private_folder(&daemon)?;
+        process::as_owner_of(&daemon, work).map_err(files::failed("work as the owner of", &daemon))?
     }
 
     /// The identity in force.
@@ -174,7 +228,10 @@ impl Keeper {
     /// # Errors
     /// [`IdentityError::NotEnrolled`], or when the file is damaged.
     pub fn load(&self) -> Result<Identity, IdentityError> {
-        match Identity::read(&self.folder.join("agent.pem")) {
+        if !self.folder.exists() {
+            return Err(IdentityError::NotEnrolled);
+        }
+        match self.as_daemon(|| Identity::read(&self.folder.join("agent.pem"))) {
             Err(IdentityError::File(error)) if error.is_missing() => Err(IdentityError::NotEnrolled),
             other => other,
         }
@@ -192,6 +249,10 @@ impl Keeper {
     /// # Errors
     /// When the key cannot be made or kept.
     pub fn enrolling_request(&self) -> Result<Request, IdentityError> {
+        self.as_daemon(|| self.request_in_folder())
+    }
+
+    fn request_in_folder(&self) -> Result<Request, IdentityError> {
         let path = self.folder.join("enrolling.pem");
         match files::read(&path, IDENTITY_BYTES_MAX) {
             Ok(bytes) => {
@@ -209,15 +270,18 @@ impl Keeper {
         }
     }
 
-    /// Ends an enrolment: keeps the recovery key, then the identity, then forgets the request.
+    /// Ends an enrolment: keeps what the runner needs, then the identity, then forgets the request.
     ///
     /// # Errors
     /// When a file cannot be written; the enrolment can then be repeated with the same token.
     pub fn keep_enrolled(&self, identity: &Identity, recovery_recipient: &str) -> Result<(), IdentityError> {
-        files::write(&self.folder.join("recovery.txt"), format!("{recovery_recipient}\n").as_bytes(), 0o600)?;
-        files::write(&self.folder.join("agent.pem"), identity.to_pem().as_bytes(), 0o600)?;
-        files::remove(&self.folder.join("enrolling.pem"))?;
-        Ok(())
+        let AgentId { company_id, server_id, .. } = identity.id;
+        let recovery_recipient = recovery_recipient.trim().to_owned();
+        Server { company_id, server_id, recovery_recipient }.keep(&self.state_dir)?;
+        self.as_daemon(|| {
+            files::write(&self.folder.join("agent.pem"), identity.to_pem().as_bytes(), 0o600)?;
+            Ok(files::remove(&self.folder.join("enrolling.pem"))?)
+        })
     }
 
     /// Keeps a renewed identity beside the one in force.
@@ -235,18 +299,6 @@ impl Keeper {
     pub fn promote_next(&self, identity: &Identity) -> Result<(), IdentityError> {
         files::write(&self.folder.join("agent.pem"), identity.to_pem().as_bytes(), 0o600)?;
         Ok(files::remove(&self.folder.join("next.pem"))?)
-    }
-
-    /// The company's recovery key, whose fingerprint was typed at enrolment.
-    ///
-    /// # Errors
-    /// [`IdentityError::NotEnrolled`], or when the file cannot be read.
-    pub fn recovery_recipient(&self) -> Result<String, IdentityError> {
-        match files::read(&self.folder.join("recovery.txt"), IDENTITY_BYTES_MAX) {
-            Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).trim().to_owned()),
-            Err(error) if error.is_missing() => Err(IdentityError::NotEnrolled),
-            Err(error) => Err(error.into()),
-        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! What is on this host: facts, systemd units, containers, and the services of the settings.
 //!
-//! Looks now and then, by asking `systemctl` and Docker's socket, and publishes a message only when its
-//! hash has changed. It reads no customer's data and changes nothing.
+//! Looks now and then, by asking `systemctl` and whoever may talk to Docker, and publishes a message only when
+//! its hash has changed. It reads no customer's data and changes nothing.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -17,9 +17,10 @@ use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 use tokio::sync::watch;
 use toml_example::TomlExample;
 
-use crate::lifecycle::Drain;
+use crate::lifecycle::{Drain, Pulse};
 use crate::platform::command::{Limits, Program};
 use crate::policy::{HOST, ServiceSettings, SourceKind};
+use crate::status::Container;
 
 /// How long Docker may take to answer, in seconds: its daemon restarts, its socket stays.
 const DOCKER_SECONDS: u64 = 10;
@@ -59,6 +60,8 @@ pub struct Known {
     pub destinations: Vec<String>,
     /// What is granted.
     pub grants: Vec<v1::Grant>,
+    /// Containers of this host.
+    pub containers: Vec<Container>,
 }
 
 /// The task.
@@ -77,13 +80,13 @@ where
     R: Future<Output = Known> + Send,
 {
     /// Runs until the drain.
-    pub async fn run(self, drain: Drain) {
+    pub async fn run(self, mut pulse: Pulse, drain: Drain) {
         let mut ticks = tokio::time::interval(self.settings.interval);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 () = drain.cancelled() => return,
-                _ = ticks.tick() => self.look().await,
+                _ = pulse.rest(ticks.tick()) => self.look().await,
             }
         }
     }
@@ -116,9 +119,7 @@ pub async fn take(known: Known, settings: &Settings) -> v1::Inventory {
     if settings.systemd {
         services.extend(systemd().await);
     }
-    if !settings.docker_socket.as_os_str().is_empty() && settings.docker_socket.exists() {
-        services.extend(docker(settings).await);
-    }
+    services.extend(known.containers.into_iter().map(told));
     // One name, one service: what the settings name comes first and wins.
     let mut by_name = BTreeMap::new();
     for service in services {
@@ -200,7 +201,11 @@ fn parse_units(json: &[u8]) -> Vec<v1::Service> {
     loaded.map(service).take(SERVICES_MAX).collect()
 }
 
-async fn docker(settings: &Settings) -> Vec<v1::Service> {
+/// Docker's containers, as whoever may talk to its socket sees them.
+pub async fn containers(settings: &Settings) -> Vec<Container> {
+    if settings.docker_socket.as_os_str().is_empty() || !settings.docker_socket.exists() {
+        return Vec::new();
+    }
     let listed = async {
         let socket = settings.docker_socket.to_string_lossy();
         let docker = Docker::connect_with_unix(&socket, DOCKER_SECONDS, bollard::API_DEFAULT_VERSION)?
@@ -222,7 +227,7 @@ async fn docker(settings: &Settings) -> Vec<v1::Service> {
     }
 }
 
-fn container(summary: bollard::models::ContainerSummary) -> v1::Service {
+fn container(summary: bollard::models::ContainerSummary) -> Container {
     let name = summary.names.and_then(|names| names.into_iter().next()).unwrap_or_default();
     let state = summary.state.map(|s| s.to_string()).unwrap_or_default();
     let status = summary.status.unwrap_or_default();
@@ -233,11 +238,19 @@ fn container(summary: bollard::models::ContainerSummary) -> v1::Service {
         "exited" | "created" | "dead" => "stopped",
         _ => "unknown",
     };
-    v1::Service {
+    Container {
         name: name.trim_start_matches('/').to_owned(),
-        runtime: "docker".to_owned(),
-        version: summary.image.unwrap_or_default(),
+        image: summary.image.unwrap_or_default(),
         health: health.to_owned(),
+    }
+}
+
+fn told(container: Container) -> v1::Service {
+    v1::Service {
+        name: container.name,
+        runtime: "docker".to_owned(),
+        version: container.image,
+        health: container.health,
         consistency: String::new(),
     }
 }

@@ -7,6 +7,8 @@ pub mod lifecycle;
 pub mod platform;
 
 pub mod escrow;
+pub mod guard;
+pub mod hook;
 pub mod policy;
 pub mod status;
 pub mod store;
@@ -30,5 +32,6 @@ pub mod enrolment;
 pub mod session;
 
 pub mod daemon;
+pub mod doctor;
 
 pub mod cli;

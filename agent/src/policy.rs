@@ -5,6 +5,8 @@
 //! the gate has compared it with the settings. Policies lie as one file a service in a folder, so that the
 //! runner can read them without the daemon's database. Nothing here decides anything.
 
+mod point;
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,12 +15,17 @@ use hestner_proto::words::{Consistency, GrantValue, Misfire, Scope, Verb};
 use serde::{Deserialize, Serialize};
 use toml_example::TomlExample;
 
+pub use point::{Hold, PointKind, PointSettings};
+
 use crate::platform::files::{self, FileError};
 
 /// The built-in service that stands for the whole machine.
 pub const HOST: &str = "host";
 /// Longest name of a service, a destination or a hook.
 const NAME_CHARS_MAX: usize = 64;
+/// Folder in the state folder that belongs to the daemon's user: lock, store, identity, policies. All else
+/// there is the runner's, who takes what lies in this one for a stranger's.
+pub const DAEMON_FOLDER: &str = "daemon";
 /// A policy file is a few hundred bytes.
 const POLICY_BYTES_MAX: u64 = 64 * 1024;
 
@@ -39,6 +46,9 @@ pub struct ServiceSettings {
     pub consistency: Consistency,
     #[toml_example(nesting)]
     pub source: SourceSettings,
+    #[serde(default)]
+    #[toml_example(nesting)]
+    pub point: PointSettings,
     #[serde(default, rename = "hook")]
     #[toml_example(nesting)]
     pub hooks: Vec<HookSettings>,
@@ -198,6 +208,7 @@ impl ServiceSettings {
             say(format!("destination `{}` is not defined", self.destination));
         }
         self.source.mistakes().into_iter().for_each(&mut say);
+        self.point.mistakes(self.source.kind).into_iter().for_each(&mut say);
         for (i, hook) in self.hooks.iter().enumerate() {
             if self.hooks[..i].iter().any(|other| other.name == hook.name) {
                 say(format!("hook `{}` is defined twice", hook.name));
@@ -329,12 +340,18 @@ impl Policy {
 
 /// The folder that holds one policy file a service.
 #[derive(Clone, Debug)]
-pub struct Policies(PathBuf);
+pub struct Policies {
+    state_dir: PathBuf,
+}
 
 impl Policies {
     /// The policies of an agent whose state lies in `state_dir`.
     pub fn of(state_dir: &Path) -> Self {
-        Self(state_dir.join("policies"))
+        Self { state_dir: state_dir.to_owned() }
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.state_dir.join(DAEMON_FOLDER).join("policies")
     }
 
     /// Stores a policy in place of the service's former one.
@@ -342,7 +359,7 @@ impl Policies {
     /// # Errors
     /// When the file cannot be written.
     pub fn save(&self, policy: &Policy) -> Result<(), FileError> {
-        files::private_folder(&self.0)?;
+        files::private_folder(&self.folder())?;
         let text = serde_json::to_vec_pretty(policy).unwrap_or_default();
         files::write(&self.path(&policy.service), &text, 0o600)
     }
@@ -356,7 +373,9 @@ impl Policies {
             return Ok(None);
         }
         let path = self.path(service);
-        match files::read(&path, POLICY_BYTES_MAX) {
+        // The runner reads it as root, and the daemon's folder is the daemon's.
+        let below = path.strip_prefix(&self.state_dir).unwrap_or(&path);
+        match files::read_of_stranger(&self.state_dir, below, POLICY_BYTES_MAX) {
             Ok(bytes) => {
                 serde_json::from_slice(&bytes).map(Some).map_err(|e| files::failed("understand", &path)(e.into()))
             }
@@ -370,16 +389,17 @@ impl Policies {
     /// # Errors
     /// When the folder cannot be listed.
     pub fn services(&self) -> Result<Vec<String>, FileError> {
-        let entries = match std::fs::read_dir(&self.0) {
+        let folder = self.folder();
+        let entries = match std::fs::read_dir(&folder) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            other => other.map_err(files::failed("list", &self.0))?,
+            other => other.map_err(files::failed("list", &folder))?,
         };
         let names = entries.flatten().filter_map(|e| e.file_name().into_string().ok());
         Ok(names.filter_map(|name| name.strip_suffix(".json").map(str::to_owned)).collect())
     }
 
     fn path(&self, service: &str) -> PathBuf {
-        self.0.join(format!("{service}.json"))
+        self.folder().join(format!("{service}.json"))
     }
 }
 

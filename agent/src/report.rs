@@ -255,6 +255,15 @@ impl Report {
         };
         v1::Report { recorded_at_ms, body: Some(body) }.encode_to_vec()
     }
+
+    /// The mark of the repository's key that a report of the outbox carries; `None` when it carries none.
+    pub fn key_mark(encoded: &[u8]) -> Option<String> {
+        let v1::report::Body::RepositoryKey(key) = v1::Report::decode(encoded).ok()?.body? else { return None };
+        Some(match key.key? {
+            v1::repository_key::Key::Wrapped(bytes) => EscrowedKey::Wrapped(bytes).mark(),
+            v1::repository_key::Key::Open(password) => EscrowedKey::Open(password).mark(),
+        })
+    }
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use croner::Cron;
 use hestner_proto::words::Misfire;
 use tokio::sync::{Notify, mpsc};
 
-use crate::lifecycle::Drain;
+use crate::lifecycle::{Drain, Pulse};
 use crate::platform::clock::SharedClock;
 use crate::policy::{Policies, Policy};
 use crate::store::{Store, StoreError};
@@ -140,7 +140,7 @@ pub struct Scheduler {
 
 impl Scheduler {
     /// Runs until the drain.
-    pub async fn run(self, drain: Drain) {
+    pub async fn run(self, mut pulse: Pulse, drain: Drain) {
         loop {
             let pause = match self.look().await {
                 Ok(pause) => pause,
@@ -150,10 +150,13 @@ impl Scheduler {
                     LOOK_AT_LEAST
                 }
             };
+            let changed_or_due = async {
+                // Whichever comes first; the look is the same.
+                let _ = tokio::time::timeout(pause, self.changed.notified()).await;
+            };
             tokio::select! {
                 () = drain.cancelled() => return,
-                () = self.changed.notified() => {}
-                () = tokio::time::sleep(pause) => {}
+                () = pulse.rest(changed_or_due) => {}
             }
         }
     }

@@ -174,6 +174,8 @@ words! {
     ErrorClass ("error class") {
         /// The host's grants or floors do not allow it.
         Refused = "refused",
+        /// A person had to confirm it on the host, and nobody did in time.
+        NotConfirmed = "not_confirmed",
         /// The verb is not in the list, or not one that a run can do.
         UnknownVerb = "unknown_verb",
         /// The host's settings name no such service.
@@ -196,6 +198,16 @@ words! {
         HookTimeout = "hook_timeout",
         /// The point in time could not be taken.
         PointFailed = "point_failed",
+        /// The LVM snapshot ran out of room while it was read, so that it is no point in time any more.
+        PointOverflow = "point_overflow",
+        /// The service was frozen, or would have been, for longer than its window; the guard thawed it.
+        FreezeTimeout = "freeze_timeout",
+        /// The kernel did not end a freeze; nobody can cancel it, and it is thawed as soon as it has ended.
+        FreezeStuck = "freeze_stuck",
+        /// Somebody else had frozen the filesystem already.
+        FreezeBusy = "freeze_busy",
+        /// The guard died while it watched the point; the runner thawed by itself.
+        GuardLost = "guard_lost",
         /// A path of the source does not exist.
         SourceMissing = "source_missing",
         /// An entry of the source could not be read or listed.
@@ -239,6 +251,11 @@ impl ErrorClass {
                 | Self::HookFailed
                 | Self::HookTimeout
                 | Self::PointFailed
+                | Self::PointOverflow
+                | Self::FreezeTimeout
+                | Self::FreezeStuck
+                | Self::FreezeBusy
+                | Self::GuardLost
                 | Self::ProducerFailed
                 | Self::ArchiverFailed
                 | Self::ArchiverKilled
@@ -256,6 +273,9 @@ impl ErrorClass {
             Self::Refused => {
                 "allow it on the host with `hestner-agent grants allow SERVICE VERB`, if it should be allowed"
             }
+            Self::NotConfirmed => {
+                "ask again, and have somebody run `hestner-agent confirm RUN` on the host; `hestner-agent confirm --list` shows what waits"
+            }
             Self::UnknownVerb => "use one of the verbs that `hestner-agent grants list` shows",
             Self::UnknownService => "name a [[service]] of agent.toml; `hestner-agent status` lists them",
             Self::UnknownDestination => "name a [[destination]] of agent.toml",
@@ -271,6 +291,19 @@ impl ErrorClass {
             Self::HookFailed => "read the hook's output in the run's log tail and try the hook by hand",
             Self::HookTimeout => "find out why the hook hangs, or raise its `timeout` in agent.toml",
             Self::PointFailed => "read the message; the point command can be tried by hand",
+            Self::PointOverflow => {
+                "give the snapshot more room with `snapshot_size` in agent.toml, or run it when less is written"
+            }
+            Self::FreezeTimeout => {
+                "find out why the point command, the disk or the runner was slow, or raise `window` under [freeze]"
+            }
+            Self::FreezeStuck => {
+                "look for a disk that does not answer (`dmesg`); `hestner-agent thaw` says when nothing is frozen any more"
+            }
+            Self::FreezeBusy => {
+                "wait until whoever froze it (a hypervisor's guest agent?) has thawed it, and run it again"
+            }
+            Self::GuardLost => "look for who killed the guard (out of memory?) and run it again",
             Self::SourceMissing => "mend the service's `paths` in agent.toml, or bring the path back",
             Self::SourceUnreadable => "make the named entries readable, or exclude them in agent.toml",
             Self::ProducerFailed => "read the program's output in the run's log tail and try it by hand",

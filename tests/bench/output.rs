@@ -7,12 +7,17 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
+/// From so many measurements on, the spread has a last hundredth.
+const MANY: usize = 40;
+
 /// Median and spread of some measurements.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Figure {
     pub(crate) median: f64,
     pub(crate) min: f64,
     pub(crate) max: f64,
+    /// 99 of 100 are not above it; only of many.
+    pub(crate) p99: Option<f64>,
 }
 
 impl Figure {
@@ -22,7 +27,14 @@ impl Figure {
         let middle = values.len() / 2;
         let median =
             if values.len() % 2 == 1 { values[middle] } else { f64::midpoint(values[middle - 1], values[middle]) };
-        Self { median, min: values[0], max: values[values.len() - 1] }
+        let rank = (values.len() * 99).div_ceil(100).max(1);
+        let p99 = (values.len() >= MANY).then(|| values[rank - 1]);
+        Self { median, min: values[0], max: values[values.len() - 1], p99 }
+    }
+
+    fn shown(&self) -> String {
+        let p99 = self.p99.map_or_else(String::new, |p99| format!(" p99 {p99:.2}"));
+        format!("{:.2} ({:.2}..{:.2}{p99})", self.median, self.min, self.max)
     }
 }
 
@@ -55,6 +67,7 @@ fn row_json(row: &Row) -> Value {
     json!({
         "case": case, "metric": metric, "unit": unit,
         "hestner": rounded(hestner.median), "hestner_min": rounded(hestner.min), "hestner_max": rounded(hestner.max),
+        "hestner_p99": hestner.p99.map(rounded), "peer_p99": peer.as_ref().and_then(|(_, f)| f.p99).map(rounded),
         "peer": peer.as_ref().map(|(name, _)| name), "peer_value": value.map(rounded),
         "peer_min": peer.as_ref().map(|(_, f)| rounded(f.min)), "peer_max": peer.as_ref().map(|(_, f)| rounded(f.max)),
         "ratio": value.filter(|v| *v > 0.0).map(|v| rounded(hestner.median / v)),
@@ -68,18 +81,18 @@ fn rounded(value: f64) -> f64 {
 /// For people.
 pub(crate) fn table(bench: &Bench) -> String {
     let mut text = format!("\n{}\n{}\n\n", bench.remark, machine());
-    let _ = writeln!(
-        text,
-        "{:<14} {:<22} {:>26} {:>26} {:>7}",
-        "case", "metric", "hestner (min..max)", "peer (min..max)", "ratio"
-    );
+    let is_wide = bench.rows.iter().any(|row| row.hestner.p99.is_some());
+    let figure = if is_wide { 36 } else { 26 };
+    let case = bench.rows.iter().map(|row| row.case.len()).max().unwrap_or_default().max(14);
+    let (ours, theirs) = ("hestner (min..max)", "peer (min..max)");
+    let _ = writeln!(text, "{:<case$} {:<22} {ours:>figure$} {theirs:>figure$} {:>7}", "case", "metric", "ratio");
     for row in &bench.rows {
-        let shown = |f: &Figure| format!("{:.2} ({:.2}..{:.2})", f.median, f.min, f.max);
-        let peer = row.peer.as_ref().map_or_else(|| "-".to_owned(), |(_, f)| shown(f));
+        let peer = row.peer.as_ref().map_or_else(|| "-".to_owned(), |(_, f)| f.shown());
         let ratio = row.peer.as_ref().filter(|(_, f)| f.median > 0.0);
         let ratio = ratio.map_or_else(|| "-".to_owned(), |(_, f)| format!("{:.2}", row.hestner.median / f.median));
         let metric = format!("{}, {}", row.metric, row.unit);
-        let _ = writeln!(text, "{:<14} {:<22} {:>26} {:>26} {:>7}", row.case, metric, shown(&row.hestner), peer, ratio);
+        let hestner = row.hestner.shown();
+        let _ = writeln!(text, "{:<case$} {metric:<22} {hestner:>figure$} {peer:>figure$} {ratio:>7}", row.case);
     }
     text
 }

@@ -10,15 +10,15 @@ use hestner_tests::{Agent, AgentBuilder, Hook, Service, World, files, is_root_or
 use serde_json::{Value, json};
 
 /// An agent whose hook and archiver leave marks, with service `docs`.
-struct Watched {
-    world: World,
-    faulty: FaultyRestic,
-    notes: PathBuf,
+pub(crate) struct Watched {
+    pub(crate) world: World,
+    pub(crate) faulty: FaultyRestic,
+    pub(crate) notes: PathBuf,
     hook: PathBuf,
 }
 
 impl Watched {
-    fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         let world = World::new(name);
         let notes = world.at("notes.txt");
         let hook = files::write_script(world.at("hooks/note"), &format!("echo \"$*\" >> {}", notes.display()));
@@ -26,7 +26,7 @@ impl Watched {
         Self { world, faulty, notes, hook }
     }
 
-    fn builder(&self) -> AgentBuilder {
+    pub(crate) fn builder(&self) -> AgentBuilder {
         let hook = self.hook.to_string_lossy().into_owned();
         let service = Service::files("docs", [self.world.source("source")])
             .hook(Hook::new("db").pre(&[&hook, "pre"]).post(&[&hook, "post"]));
@@ -34,13 +34,13 @@ impl Watched {
     }
 
     /// Neither a hook nor an archiver was started.
-    fn assert_untouched(&self) {
+    pub(crate) fn assert_untouched(&self) {
         assert!(!self.notes.exists(), "a hook was started: {:?}", files::lines(&self.notes));
         assert_eq!(self.faulty.count("backup"), 0, "an archiver was started: {:?}", self.faulty.calls());
     }
 
     /// Asks the centre for a snapshot of `service` and waits for what becomes of it.
-    fn ask_centre(&self, agent: &Agent, service: &str) -> Value {
+    pub(crate) fn ask_centre(&self, agent: &Agent, service: &str) -> Value {
         let path = format!("/v1/servers/{}/snapshots", agent.server_id);
         let reply = self.world.receiver.post(&path, &json!({"service": service}));
         assert_eq!(reply.status, 202, "{reply:?}");
@@ -85,15 +85,6 @@ fn grant_changed_on_the_command_line_holds_for_the_next_run() {
         let ended = agent.cli(&[&["grants"], &wrong[..]].concat());
         assert_eq!(ended.code, Some(64), "{ended}");
     }
-}
-
-#[test]
-fn grant_that_waits_for_a_confirmation_starts_nothing() {
-    let watched = Watched::new("grants-confirm");
-    let agent = watched.builder().grant("docs", "snapshot", "confirm").started();
-    let row = watched.ask_centre(&agent, "docs");
-    assert_eq!(row["status"], "failed", "{row}");
-    watched.assert_untouched();
 }
 
 /// A policy for `docs` with some fields changed.
@@ -188,28 +179,110 @@ fn replace_verb(world: &World, verb: &str) -> usize {
     db.execute("UPDATE directives SET verb = ?1 WHERE verb = 'snapshot'", [verb]).expect("an update")
 }
 
+/// Puts `path` behind a symlink in a folder that everybody may write, and gives that folder.
+fn behind_open_link(world: &World, name: &str, path: &Path) -> PathBuf {
+    let real = world.at(&format!("{name}/real")).join(path.file_name().expect("a name"));
+    let open = world.at(&format!("{name}/open/x")).parent().expect("a folder").to_owned();
+    std::fs::create_dir_all(real.parent().expect("a folder")).expect("a folder");
+    hestner_tests::Cmd::new("mv").arg(path).arg(&real).ok();
+    std::os::unix::fs::symlink(&real, open.join("link")).expect("a link");
+    std::os::unix::fs::symlink(open.join("link"), path).expect("a link");
+    open
+}
+
+/// Everything is denied: on the host, for the centre, and `doctor` and the log say by which path.
+fn assert_denied_because_of(watched: &Watched, agent: &Agent, what: &str, path: &Path) {
+    let named = path.to_str().expect("UTF-8");
+    let by_hand = agent.cli(&["snapshot", "docs"]);
+    assert_eq!(by_hand.code, Some(64), "{what}: {by_hand}");
+    assert!(by_hand.stderr.contains("code: unsafe_permissions"), "{what}: {by_hand}");
+    assert!(by_hand.stderr.contains(named), "the message names {what}: {by_hand}");
+    let row = watched.ask_centre(agent, "docs");
+    assert_eq!(
+        (&row["status"], &row["error_class"]),
+        (&json!("failed"), &json!("unsafe_permissions")),
+        "{what}: {row}"
+    );
+    let log = files::lines(&agent.log);
+    let said = log.iter().any(|line| line.contains("unsafe_permissions") && line.contains(named));
+    assert!(said, "the log says why, {what}");
+    let doctor = agent.cli(&["doctor"]);
+    assert_eq!(doctor.code, Some(1), "{what}: {doctor}");
+    assert!(doctor.stdout.contains("code: unsafe_permissions") && doctor.stdout.contains(named), "{what}: {doctor}");
+    watched.assert_untouched();
+}
+
 #[test]
-fn whatever_others_can_write_is_not_trusted() {
+fn whatever_others_can_write_denies_everything() {
     let watched = Watched::new("grants-writable");
     let agent = watched.builder().grant("docs", "snapshot", "allow").started();
     let hooks_folder = watched.hook.parent().expect("a folder").to_owned();
-    let cases: [(&str, PathBuf, u32, u32); 5] = [
+    let cases: [(&str, PathBuf, u32, u32); 7] = [
         ("settings", agent.config.clone(), 0o646, 0o644),
+        ("settings, by their group", agent.config.clone(), 0o664, 0o644),
         ("grants", agent.grants_file(), 0o646, 0o644),
         ("hook program", watched.hook.clone(), 0o757, 0o755),
         ("folder of the hook program", hooks_folder, 0o1777, 0o755),
-        ("folder of the settings", agent.folder().to_owned(), 0o775, 0o755),
+        ("folder of settings and grants", agent.folder().to_owned(), 0o775, 0o755),
+        ("folder of all of it", watched.world.path().to_owned(), 0o777, 0o755),
     ];
     for (what, path, open, closed) in cases {
         files::set_mode(&path, open);
-        let ended = agent.cli(&["snapshot", "docs"]);
-        assert_eq!(ended.code, Some(64), "{what} can be written by others: {ended}");
-        assert!(ended.stderr.contains("unsafe_permissions"), "{what}: {ended}");
-        assert!(ended.stderr.contains(path.to_str().expect("UTF-8")), "the message names {what}: {ended}");
-        watched.assert_untouched();
+        assert_denied_because_of(&watched, &agent, what, &path);
         files::set_mode(&path, closed);
     }
     agent.snapshot_ok("docs");
+}
+
+#[test]
+fn link_in_a_folder_that_others_can_write_denies_everything() {
+    let watched = Watched::new("grants-links");
+    let agent = watched.builder().grant("docs", "snapshot", "allow").started();
+    let cases = [("settings", agent.config.clone()), ("grants", agent.grants_file()), ("hook", watched.hook.clone())];
+    for (what, path) in cases {
+        let open = behind_open_link(&watched.world, what, &path);
+        // Who could swap the link decides; while only root can, a link is as good as a file.
+        assert_eq!(agent.cli(&["snapshot", "docs", "--dry-run"]).code, Some(0), "{what}");
+        files::set_mode(&open, 0o777);
+        assert_denied_because_of(&watched, &agent, what, &open);
+        files::set_mode(&open, 0o755);
+    }
+    agent.snapshot_ok("docs");
+}
+
+#[test]
+fn program_of_a_point_that_others_can_write_is_not_started() {
+    let watched = Watched::new("grants-point");
+    let started = watched.world.at("started.txt");
+    let point = |key: &str, program: &Path| {
+        let mut commands: Vec<String> = Vec::new();
+        for name in ["command", "after_command", "remove_command"] {
+            let program = if name == key { program.to_str().expect("UTF-8") } else { "/bin/true" };
+            commands.push(format!("{name} = [{program:?}]"));
+        }
+        let lines = ["[service.point]", "kind = \"fsfreeze\"", "read_from = \"/srv\""].map(str::to_owned);
+        lines.into_iter().chain(commands).collect::<Vec<_>>().join("\n")
+    };
+    for key in ["command", "after_command", "remove_command"] {
+        let program = files::write_script(watched.world.at(key).join("san"), &format!("touch {}", started.display()));
+        let service = Service::files("docs", [watched.world.source("source")]).source_line(&point(key, &program));
+        let agent = watched.world.agent_named(&format!("agent-{key}")).allowed(service).started();
+        for (what, path, open, closed) in [
+            ("program", program.clone(), 0o757, 0o755),
+            ("folder", program.parent().expect("one").to_owned(), 0o777, 0o755),
+        ] {
+            files::set_mode(&path, open);
+            let ended = agent.cli(&["snapshot", "docs"]);
+            assert_eq!(ended.code, Some(64), "{what} of {key}: {ended}");
+            let named = path.to_str().expect("UTF-8");
+            assert!(
+                ended.stderr.contains("unsafe_permissions") && ended.stderr.contains(named),
+                "{what} of {key}: {ended}"
+            );
+            files::set_mode(&path, closed);
+        }
+        assert!(!started.exists(), "{key} was started");
+    }
 }
 
 #[test]
@@ -225,10 +298,11 @@ fn program_of_another_owner_is_not_trusted() {
     watched.assert_untouched();
     files::give_to(&watched.hook, 0);
 
-    files::give_to(&agent.grants_file(), 65_534);
-    let run = agent.snapshot("docs");
-    assert_eq!(run.text("status"), "failed", "{run:?}");
-    watched.assert_untouched();
+    for (what, path) in [("grants", agent.grants_file()), ("settings", agent.config.clone())] {
+        files::give_to(&path, 65_534);
+        assert_denied_because_of(&watched, &agent, what, &path);
+        files::give_to(&path, 0);
+    }
 }
 
 #[test]
@@ -321,7 +395,7 @@ fn secrets_appear_in_no_log_no_command_line_and_no_environment() {
     use std::os::unix::fs::MetadataExt as _;
     let mode = std::fs::metadata(&agent.repository("local").password_file).expect("a file").mode() & 0o7777;
     assert_eq!(mode, 0o600, "{mode:o}");
-    let key = secret_of(&agent.state().join("identity/agent.pem"));
+    let key = secret_of(&agent.state().join("daemon/identity/agent.pem"));
     for log in [agent.log.clone(), watched.world.receiver.log()] {
         let text = std::fs::read_to_string(&log).expect("a log");
         for (what, secret) in [("password", &password), ("key", &key)] {

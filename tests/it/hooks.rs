@@ -4,7 +4,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use hestner_tests::{Agent, Hook, Service, World, clock, files, processes, wait_for, wait_until};
+use hestner_tests::mounts::Mounted;
+use hestner_tests::restic::FaultyRestic;
+use hestner_tests::{
+    Agent, Cmd, Hook, Service, World, clock, files, is_root_or_skips, processes, wait_for, wait_until,
+};
 
 /// What a pre hook of the matrix does, besides noting that it was started.
 #[derive(Clone, Copy, Debug)]
@@ -184,6 +188,47 @@ fn failed_pre_hook_is_undone_together_with_those_before_it_and_none_after() {
     run.assert_failed("hook_failed");
     assert!(run.text("error_message").contains('b'), "the message names the hook: {run:?}");
     assert_eq!(started_lines(&notes), ["pre a", "pre b", "post b", "post a"]);
+}
+
+#[test]
+fn failed_pre_hook_keeps_every_kind_of_point_from_being_taken() {
+    if !is_root_or_skips("failed_pre_hook_keeps_every_kind_of_point_from_being_taken") {
+        return;
+    }
+    let world = World::new("hooks-kinds");
+    let faulty = FaultyRestic::new(&world.at("bin"));
+    let (note, notes) = noting_program(&world);
+    let command = files::write_script(world.at("hooks/point"), &format!("echo \"point $1\" >> {}", notes.display()));
+    let command = command.to_string_lossy().into_owned();
+    let disk = Mounted::of_kind("btrfs", &world.at("disk"));
+    files::small_tree(&disk.path().join("data"), 3, 100);
+    let service = |kind: &str| {
+        let bad = Hook::new("bad").pre(&[&note, "pre", kind, "7"]).post(&[&note, "post", kind]);
+        let service = Service::files(kind, [disk.path().join("data")]).hook(bad);
+        let service = service.point_line(&format!("kind = \"{kind}\""));
+        if kind != "fsfreeze" {
+            return service;
+        }
+        let service = service.point_line(&format!("read_from = {:?}", world.at("copy")));
+        service.point_program("command", &[&command, "taken"]).point_program("remove_command", &[&command, "removed"])
+    };
+    let kinds = ["none", "btrfs", "reflink", "fsfreeze"];
+    let builder = kinds.iter().fold(world.agent().restic(&faulty), |agent, kind| agent.allowed(service(kind)));
+    let agent = builder.started();
+    let before = Cmd::new("ls").arg("-A").arg(disk.path()).ok();
+    for kind in kinds {
+        agent.snapshot(kind).assert_failed("hook_failed");
+        let of_kind: Vec<String> = started_lines(&notes).into_iter().filter(|line| line.ends_with(kind)).collect();
+        assert_eq!(of_kind, [format!("pre {kind}"), format!("post {kind}")]);
+    }
+    assert!(
+        !files::lines(&notes).iter().any(|line| line == "point taken"),
+        "no point is taken: {:?}",
+        files::lines(&notes)
+    );
+    assert_eq!(Cmd::new("ls").arg("-A").arg(disk.path()).ok(), before, "nothing was made");
+    assert_eq!(faulty.count("backup"), 0);
+    agent.assert_repository_holds(&[]);
 }
 
 #[test]

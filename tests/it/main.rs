@@ -4,12 +4,24 @@
 //! ([`hestner_tests::World`]), so that tests run side by side; what it asserts stands in its name.
 
 mod bad_input;
+mod booted;
+mod booted_packages;
+mod booted_privilege;
 mod btrfs;
 mod commit_gate;
+mod confirm;
+mod containers;
+mod doctor;
 mod exactly_once;
 mod false_green;
+mod faults;
 mod fidelity;
 mod grants;
+mod guard;
 mod hooks;
 mod inventory;
 mod journey;
+mod kinds;
+mod notify;
+mod separation;
+mod thaw;

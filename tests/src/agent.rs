@@ -4,6 +4,7 @@
 //! and looks at what is stored with stock restic. Everything the agent needs lies in one folder owned by
 //! the user it runs as. The daemon and all that it started end with the handle.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::Duration;
@@ -63,6 +64,14 @@ impl Agent {
         if let Some(uid) = self.builder.uid {
             files::give_to(&self.builder.folder, uid);
         }
+        if let Some(uid) = self.builder.daemon_uid {
+            files::set_mode(&self.builder.state, 0o755);
+            for own in [self.builder.state.join("daemon"), self.builder.socket_folder()] {
+                std::fs::create_dir_all(&own).expect("a folder");
+                files::set_mode(&own, 0o700);
+                files::give_to(&own, uid);
+            }
+        }
     }
 
     /// Changes the settings on disk; the next start, or the next command, sees them.
@@ -74,6 +83,11 @@ impl Agent {
     /// The grants file.
     pub fn grants_file(&self) -> PathBuf {
         self.builder.folder.join("grants.toml")
+    }
+
+    /// The daemon's local socket.
+    pub fn socket(&self) -> PathBuf {
+        self.builder.socket_folder().join("control.sock")
     }
 
     /// The state folder.
@@ -108,7 +122,7 @@ impl Agent {
 
     /// Whether it holds a certificate.
     pub fn is_enrolled(&self) -> bool {
-        self.state().join("identity/agent.pem").exists()
+        self.state().join("daemon/identity/agent.pem").exists()
     }
 
     /// A command line of it.
@@ -130,7 +144,9 @@ impl Agent {
     /// Starts the daemon and waits until it answers on its socket, with or without a receiver.
     pub fn start_alone(&mut self) {
         let log = self.log.clone();
-        self.child = Some(self.command(&["run"]).spawn_logged(&log));
+        let socket =
+            self.builder.runner_socket.iter().flat_map(|path| [OsStr::new("--runner-socket"), path.as_os_str()]);
+        self.child = Some(self.command(&["run"]).args(socket).as_user(self.builder.daemon_uid).spawn_logged(&log));
         wait_until(&format!("the agent to answer, see {}", log.display()), START_WITHIN, || {
             if let Some(Ok(Some(status))) = self.child.as_mut().map(Child::try_wait) {
                 panic!("the agent ended at once ({status}):\n{}", files::lines(&log).join("\n"));

@@ -20,12 +20,14 @@ pub struct AgentBuilder {
     pub(crate) token: String,
     pub(crate) fingerprint: String,
     pub(crate) uid: Option<u32>,
+    pub(crate) daemon_uid: Option<u32>,
     restic: PathBuf,
     pub(crate) state: PathBuf,
     pub(crate) destinations: Vec<(String, PathBuf)>,
     services: Vec<Service>,
     grants: Vec<(String, String, String)>,
     sections: Vec<(String, String)>,
+    pub(crate) runner_socket: Option<PathBuf>,
 }
 
 impl AgentBuilder {
@@ -37,12 +39,14 @@ impl AgentBuilder {
             token: receiver.token(company.id, &[]),
             fingerprint: company.fingerprint.clone(),
             uid: None,
+            daemon_uid: None,
             restic: PathBuf::from(STOCK),
             state: folder.join("state"),
             destinations: vec![("local".to_owned(), folder.join("repository"))],
             services: Vec::new(),
             grants: Vec::new(),
             sections: Vec::new(),
+            runner_socket: None,
         }
     }
 
@@ -51,6 +55,19 @@ impl AgentBuilder {
     pub fn as_user(mut self, uid: u32) -> Self {
         self.uid = Some(uid);
         self
+    }
+
+    /// Runs the daemon alone as this user, whose part of the state folder is made for it, as the package does.
+    #[must_use]
+    pub fn daemon_as_user(mut self, uid: u32) -> Self {
+        self.daemon_uid = Some(uid);
+        self
+    }
+
+    /// Folder of the local socket.
+    pub(crate) fn socket_folder(&self) -> PathBuf {
+        // The daemon makes its socket in a folder of its own.
+        self.daemon_uid.map_or_else(|| self.folder.clone(), |_| self.folder.join("socket"))
     }
 
     /// Uses a program in restic's place.
@@ -103,6 +120,13 @@ impl AgentBuilder {
         self
     }
 
+    /// Has its runners started through a socket, as the units have it.
+    #[must_use]
+    pub fn runner_socket(mut self, path: &Path) -> Self {
+        self.runner_socket = Some(path.to_owned());
+        self
+    }
+
     /// Uses this token instead of a fresh one.
     #[must_use]
     pub fn token(mut self, token: &str) -> Self {
@@ -134,7 +158,7 @@ impl AgentBuilder {
         let mut text = format!(
             "state_dir = {:?}\nsocket = {:?}\ngrants = {:?}\n",
             self.state,
-            self.folder.join("control.sock"),
+            self.socket_folder().join("control.sock"),
             self.folder.join("grants.toml"),
         );
         let [address, enrolment] = &self.receiver;
@@ -183,7 +207,7 @@ impl AgentBuilder {
     /// The program; a copy where the user could not reach the one that cargo built.
     pub(crate) fn binary(&self) -> PathBuf {
         let built = bin("hestner-agent");
-        if self.uid.is_none() {
+        if self.uid.or(self.daemon_uid).is_none() {
             return built;
         }
         let copy = self.folder.with_extension("bin").join("hestner-agent");

@@ -15,6 +15,11 @@ pub fn now() -> Instant {
     Instant::now()
 }
 
+/// The same clock as a number that processes can tell each other (`CLOCK_MONOTONIC`).
+pub fn monotonic() -> Duration {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).expect("a monotonic clock").into()
+}
+
 /// Milliseconds since the Unix epoch.
 pub fn unix_ms() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock after 1970");

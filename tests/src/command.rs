@@ -9,6 +9,7 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::fs::OpenOptions;
 use std::io::{Read, Write as _};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -23,6 +24,7 @@ const DEADLINE: Duration = Duration::from_secs(90);
 pub struct Cmd {
     inner: Command,
     stdin: Option<Vec<u8>>,
+    stdin_from: Option<OwnedFd>,
     deadline: Duration,
 }
 
@@ -40,7 +42,7 @@ pub struct Ended {
 impl Cmd {
     /// `program` is looked up in `PATH` unless it is a path.
     pub fn new(program: impl AsRef<OsStr>) -> Self {
-        Self { inner: Command::new(program), stdin: None, deadline: DEADLINE }
+        Self { inner: Command::new(program), stdin: None, stdin_from: None, deadline: DEADLINE }
     }
 
     /// Adds one argument.
@@ -84,6 +86,13 @@ impl Cmd {
     #[must_use]
     pub fn stdin(mut self, text: impl Into<Vec<u8>>) -> Self {
         self.stdin = Some(text.into());
+        self
+    }
+
+    /// Makes a pipe or a socket its standard input; for [`Cmd::spawn_logged`] and [`Cmd::spawn_heard`].
+    #[must_use]
+    pub fn stdin_from(mut self, fd: OwnedFd) -> Self {
+        self.stdin_from = Some(fd);
         self
     }
 
@@ -133,7 +142,37 @@ impl Cmd {
         let shown = shown(&self.inner);
         let file = OpenOptions::new().create(true).append(true).open(log).expect("a log file");
         let second = file.try_clone().expect("a second handle of the log file");
-        self.inner.stdin(Stdio::null()).stdout(file).stderr(second);
+        self.inner.stdin(self.stdin_from.map_or_else(Stdio::null, Stdio::from)).stdout(file).stderr(second);
+        self.inner.spawn().unwrap_or_else(|e| panic!("cannot start {shown}: {e}"))
+    }
+
+    /// Starts it with its standard input as a pipe that the caller keeps; it says nothing.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn spawn_told(mut self) -> Child {
+        let shown = shown(&self.inner);
+        self.inner.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        self.inner.spawn().unwrap_or_else(|e| panic!("cannot start {shown}: {e}"))
+    }
+
+    /// Starts it with pipes to and from it, for a conversation.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn spawn_conversed(mut self) -> Child {
+        let shown = shown(&self.inner);
+        self.inner.stdin(Stdio::piped()).stdout(Stdio::piped());
+        self.inner.spawn().unwrap_or_else(|e| panic!("cannot start {shown}: {e}"))
+    }
+
+    /// Starts it with its standard output as a pipe, for whoever listens while it runs.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn spawn_heard(mut self) -> Child {
+        let shown = shown(&self.inner);
+        self.inner.stdin(self.stdin_from.map_or_else(Stdio::null, Stdio::from)).stdout(Stdio::piped());
         self.inner.spawn().unwrap_or_else(|e| panic!("cannot start {shown}: {e}"))
     }
 }

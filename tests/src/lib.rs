@@ -7,9 +7,12 @@
 //! a test cannot pass because both sides share a mistake.
 
 pub mod agent;
+pub mod booted;
 pub mod builder;
+pub mod cgroups;
 pub mod clock;
 pub mod command;
+pub mod docker;
 pub mod files;
 pub mod http;
 pub mod mounts;
@@ -18,8 +21,11 @@ pub mod receiver;
 pub mod restic;
 pub mod run;
 pub mod service;
+pub mod stage;
 pub mod tree;
+pub mod units;
 pub mod world;
+pub mod writer;
 
 pub use agent::Agent;
 pub use builder::AgentBuilder;

@@ -61,6 +61,33 @@ pub fn stat_fields(pid: i32) -> Option<Vec<String>> {
     Some(after_name.split_whitespace().map(str::to_owned).collect())
 }
 
+/// Number of the system call in which a process waits; `None` while it runs or is gone.
+pub fn system_call(pid: i32) -> Option<i64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/syscall")).ok()?;
+    text.split(' ').next()?.parse().ok()
+}
+
+/// Whether a process has a file open, or one below a folder.
+pub fn has_open(pid: i32, path: &Path) -> bool {
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    open.into_iter().any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target.starts_with(path)))
+}
+
+/// Whether a process is stopped by a signal.
+pub fn is_stopped(pid: i32) -> bool {
+    stat_fields(pid).is_some_and(|fields| fields[0] == "T")
+}
+
+/// Whether a thread of a process is in a sleep that no signal ends.
+pub fn has_blocked_thread(pid: i32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let is_blocked = |thread: fs::DirEntry| {
+        let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        stat.rsplit_once(") ").is_some_and(|(_, fields)| fields.starts_with('D'))
+    };
+    threads.into_iter().any(is_blocked)
+}
+
 /// Children of `pid`, their children and so on.
 pub fn descendants(pid: i32) -> Vec<Process> {
     descendant_pids(pid).into_iter().filter_map(read).collect()

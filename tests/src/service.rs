@@ -12,6 +12,7 @@ pub struct Service {
     pub name: String,
     head: String,
     source: String,
+    point: String,
     hooks: Vec<Hook>,
 }
 
@@ -29,7 +30,7 @@ impl Service {
     }
 
     fn new(name: &str, source: String) -> Self {
-        Self { name: name.to_owned(), head: String::new(), source, hooks: Vec::new() }
+        Self { name: name.to_owned(), head: String::new(), source, point: String::new(), hooks: Vec::new() }
     }
 
     /// Stores it elsewhere than in the default destination.
@@ -53,6 +54,19 @@ impl Service {
         self
     }
 
+    /// Adds a line to its point, such as `kind = "fsfreeze"`.
+    #[must_use]
+    pub fn point_line(mut self, line: &str) -> Self {
+        let _ = writeln!(self.point, "{line}");
+        self
+    }
+
+    /// Adds a program to its point.
+    #[must_use]
+    pub fn point_program(self, key: &str, argv: &[&str]) -> Self {
+        self.point_line(&format!("{key} = {}", list(argv)))
+    }
+
     /// Adds a hook; pre hooks run in this order, post hooks in reverse.
     #[must_use]
     pub fn hook(mut self, hook: Hook) -> Self {
@@ -67,6 +81,9 @@ impl Service {
             let _ = writeln!(text, "destination = {}", quoted(destination));
         }
         let _ = write!(text, "[service.source]\n{}", self.source);
+        if !self.point.is_empty() {
+            let _ = write!(text, "[service.point]\n{}", self.point);
+        }
         for hook in &self.hooks {
             text.push_str(&hook.toml());
         }

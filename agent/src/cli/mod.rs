@@ -5,25 +5,33 @@
 //! secret is taken as an argument.
 
 mod artifacts;
+mod confirm;
+mod doctor;
 mod enroll;
 mod grants;
+mod keys;
 mod log;
 mod output;
 mod talk;
+mod thaw;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 use hestner_proto::words::{ErrorClass, GrantValue, Verb};
 
 use crate::daemon::settings::{DEFAULT_PATH, Settings, SettingsError};
 use crate::daemon::{self};
+use crate::guard;
+use crate::guard::freezer::Given;
+use crate::guard::process::ThawStart;
 use crate::platform::chain;
 use crate::platform::clock::SystemClock;
 use crate::platform::process;
 use crate::run::messages::Failure;
+use crate::run::runner::Askers;
 use crate::run::worker::StreamEnds;
 use crate::run::{hook, runner, worker};
 
@@ -49,7 +57,12 @@ enum Command {
     #[command(
         after_help = "Example:\n  hestner-agent run\n\nSIGTERM stops it in good order; a run in progress ends as `interrupted`."
     )]
-    Run,
+    Run {
+        /// Have systemd start runners, as units of their own: the socket that it listens on. Without it they are
+        /// started here, as the same user.
+        #[arg(long, value_name = "SOCKET")]
+        runner_socket: Option<PathBuf>,
+    },
     /// Show the daemon's state.
     #[command(after_help = "Example:\n  hestner-agent status --json")]
     Status {
@@ -60,6 +73,20 @@ enum Command {
     /// Show or change what the centre may ask for.
     #[command(subcommand, after_help = "Example:\n  hestner-agent grants allow docs snapshot")]
     Grants(Grants),
+    /// Say what is wrong on this host and what to do. Works without the daemon and changes nothing.
+    #[command(
+        after_help = "Example:\n  hestner-agent doctor --json\n\nExit code 0: no problems, though perhaps warnings; 1: problems."
+    )]
+    Doctor {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Let a run begin that waits for a person, or refuse it.
+    #[command(
+        after_help = "Example:\n  hestner-agent confirm --list\n  hestner-agent confirm 0198c0de-0000-7000-8000-000000000000"
+    )]
+    Confirm(confirm::Arguments),
     /// Take a snapshot of a service and follow it.
     #[command(after_help = "Example:\n  hestner-agent snapshot docs")]
     Snapshot {
@@ -85,6 +112,18 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// List the keys of this host's repositories, and whether the company has them as well. Works without the daemon.
+    #[command(
+        after_help = "Example:\n  hestner-agent keys --json\n\nAs long as a key is not acknowledged, losing this host loses what was stored with it, unless the repository's own hestner-key.age is there."
+    )]
+    Keys {
+        /// Fail unless the receiver has acknowledged every key.
+        #[arg(long)]
+        require_escrow: bool,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Write a run's artifact to a folder. Works without the daemon.
     #[command(
         after_help = "Example:\n  hestner-agent restore 0198c0de-0000-7000-8000-000000000000 --target /srv/restored\n\nThe tree appears below the folder under its original path."
@@ -95,6 +134,21 @@ enum Command {
         /// An empty or new folder.
         #[arg(long, value_name = "DIR")]
         target: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Release what runs have left frozen, paused or quiesced. Works without the daemon, safe at any time.
+    #[command(
+        after_help = "Example:\n  hestner-agent thaw\n  hestner-agent thaw --wait 300\n\nRuns that go as they should are left alone. With --wait: exit 0 as soon as no run holds its service any more, 1 if the time is over before."
+    )]
+    Thaw {
+        /// Wait until no run holds its service, at most so long.
+        #[arg(long, value_name = "SECONDS")]
+        wait: Option<u64>,
+        /// Say nothing when nothing is held.
+        #[arg(long)]
+        quiet: bool,
         /// Print JSON.
         #[arg(long)]
         json: bool,
@@ -110,7 +164,11 @@ enum Command {
     },
     /// One run; started by the daemon with a socket as standard input.
     #[command(hide = true)]
-    Runner,
+    Runner {
+        /// Have systemd start the guard, as a unit of its own: the socket that it listens on.
+        #[arg(long, value_name = "SOCKET")]
+        guard_socket: Option<PathBuf>,
+    },
     /// Work on a repository; started by the runner.
     #[command(hide = true)]
     Worker {
@@ -122,6 +180,23 @@ enum Command {
     /// One hook; started by the runner.
     #[command(hide = true)]
     Hook,
+    /// Ends a frozen window whatever happens; started by the runner with a socket as standard input.
+    #[command(hide = true)]
+    Guard {
+        /// Start `hestner-agent thaw` by connecting here, and not as a process.
+        #[arg(long, value_name = "SOCKET")]
+        thaw_socket: Option<PathBuf>,
+    },
+    /// Freezes one filesystem when it is told to; started by the guard.
+    #[command(hide = true)]
+    Freezer {
+        #[arg(long)]
+        mount: i32,
+        #[arg(long)]
+        journal: i32,
+        #[arg(long)]
+        offset: u64,
+    },
 }
 
 #[derive(Subcommand)]
@@ -192,6 +267,11 @@ impl From<SettingsError> for Complaint {
     }
 }
 
+/// The command line as data: man pages and completions are made from it.
+pub fn command() -> clap::Command {
+    Arguments::command()
+}
+
 /// The whole program.
 pub fn main() -> ExitCode {
     // Its own processes are started through /proc/self/exe, and would all be called `exe`.
@@ -227,13 +307,29 @@ fn run(Arguments { config, command }: Arguments) -> Result<(), Complaint> {
                 worker::run(ends).await.map_err(|e| Complaint::broken("worker_broken", &e, "read the agent's log"))
             });
         }
-        Command::Runner => return run_runner(&config),
+        // A slip in a setting must keep nothing frozen.
+        Command::Thaw { wait, quiet, json } => {
+            return block_on(thaw::run(&config, thaw::How { wait_seconds: wait, quiet, json }));
+        }
+        // Settings that cannot be read are what it may have been called for.
+        Command::Doctor { json } => return block_on(doctor::run(&config, Settings::read(&config), json)),
+        Command::Guard { thaw_socket } => {
+            log::init_child();
+            let thaw = thaw_socket.map_or(ThawStart::Process { config }, ThawStart::Socket);
+            return guard::process::run(thaw)
+                .map_err(|e| Complaint::broken("guard_broken", &e, "read the agent's log"));
+        }
+        Command::Freezer { mount, journal, offset } => {
+            return guard::freezer::run(Given { mount, journal, offset })
+                .map_err(|e| Complaint::broken("freezer_broken", &e, "read the agent's log"));
+        }
+        Command::Runner { guard_socket } => return run_runner(&config, guard_socket),
         _ => {}
     }
     let settings = Settings::read(&config)?;
     match command {
         Command::Enroll(arguments) => block_on(enroll::run(&settings, &arguments)),
-        Command::Run => run_daemon(settings, &config),
+        Command::Run { runner_socket } => run_daemon(settings, &config, runner_socket),
         Command::Status { json } => block_on(talk::status(&settings, json)),
         Command::Grants(Grants::List { json }) => grants::list(&settings, json),
         Command::Grants(Grants::Allow(Subject { service, verb })) => {
@@ -245,13 +341,21 @@ fn run(Arguments { config, command }: Arguments) -> Result<(), Complaint> {
         Command::Grants(Grants::Deny(Subject { service, verb })) => {
             grants::set(&settings, &service, verb, GrantValue::Deny)
         }
+        Command::Confirm(arguments) => block_on(confirm::run(&settings, &arguments)),
         Command::Snapshot { service, dry_run: true, json, .. } => block_on(talk::plan(&settings, service, json)),
         Command::Snapshot { service, detach, json, .. } => block_on(talk::snapshot(&settings, service, detach, json)),
         Command::Runs { limit, json } => block_on(talk::runs(&settings, limit, json)),
+        Command::Keys { require_escrow, json } => keys::list(&settings, require_escrow, json),
         Command::Restore { run, target, json } => block_on(artifacts::restore(&settings, &run, &target, json)),
         Command::Verify { run, json } => block_on(artifacts::verify(&settings, &run, json)),
         // Handled above.
-        Command::Runner | Command::Worker { .. } | Command::Hook => Ok(()),
+        Command::Thaw { .. }
+        | Command::Doctor { .. }
+        | Command::Runner { .. }
+        | Command::Worker { .. }
+        | Command::Guard { .. }
+        | Command::Freezer { .. }
+        | Command::Hook => Ok(()),
     }
 }
 
@@ -273,27 +377,38 @@ fn stream_ends(read: Option<i32>, write: Option<i32>) -> std::io::Result<Option<
     }
 }
 
-fn run_runner(config: &std::path::Path) -> Result<(), Complaint> {
+fn run_runner(config: &std::path::Path, guard_socket: Option<PathBuf>) -> Result<(), Complaint> {
     log::init_child();
-    let host = match Settings::read(config) {
-        Ok(settings) => settings.host(),
-        Err(error) => Err(Failure::new(error.class(), error.to_string())),
+    let settings = Settings::read(config).map_err(|error| Failure::new(error.class(), error.to_string()));
+    let told = runner::Told {
+        host: settings
+            .as_ref()
+            .map_err(Clone::clone)
+            .and_then(Settings::host)
+            .map(|h| h.started_with(config, guard_socket)),
+        askers: match &settings {
+            Ok(settings) => settings.daemon_user().map_or(Askers::NobodyElse, Askers::Daemon),
+            Err(_) => Askers::Anybody,
+        },
+        description: daemon::describe(&settings),
+        clock: Arc::new(SystemClock),
     };
     let broken = |e: std::io::Error| Complaint::broken("runner_broken", &e, "it is started by the daemon, not by hand");
     let socket = process::adopt(0).map(std::os::unix::net::UnixStream::from).map_err(broken)?;
     block_on(async {
         socket.set_nonblocking(true).map_err(broken)?;
         let socket = tokio::net::UnixStream::from_std(socket).map_err(broken)?;
-        runner::run(socket, host, Arc::new(SystemClock)).await.map_err(broken)
+        runner::run(socket, told).await.map_err(broken)
     })
 }
 
-fn run_daemon(settings: Settings, config: &std::path::Path) -> Result<(), Complaint> {
+fn run_daemon(settings: Settings, config: &std::path::Path, runner_socket: Option<PathBuf>) -> Result<(), Complaint> {
     log::init(&settings.log)
         .map_err(|reason| Complaint::mend("settings_invalid", reason, "mend `filter` under [log]"))?;
     tracing::info!(event = "starting", version = env!("CARGO_PKG_VERSION"), state_dir = %settings.state_dir.display(), services = settings.services.len());
     block_on(async {
-        let bound = daemon::build(settings, config, Arc::new(SystemClock)).await.map_err(start_complaint)?;
+        let bound = daemon::build(settings, config, runner_socket, Arc::new(SystemClock)).await;
+        let bound = bound.map_err(start_complaint)?;
         bound.run().await.map_err(|e| Complaint::broken("stopped_badly", &e, "read the agent's log"))
     })
 }
@@ -309,7 +424,43 @@ fn start_complaint(error: daemon::StartError) -> Complaint {
         E::StateInUse(_) | E::Control(_) => {
             ("already_running", "stop the other agent first, or give this one a state folder and a socket of its own")
         }
+        E::Manager(_) => ("manager_unreachable", "start it by its unit, or without NOTIFY_SOCKET in the environment"),
         E::Random(_) => ("no_random_numbers", "wait until the machine has booted"),
     };
     Complaint::mend(code, chain(&error), next_step)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UNITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../systemd");
+
+    fn unit(name: &str) -> String {
+        std::fs::read_to_string(format!("{UNITS}/{name}")).unwrap_or_else(|e| panic!("{name}: {e}"))
+    }
+
+    #[test]
+    fn units_call_the_program_in_words_that_it_knows_and_by_sockets_that_somebody_listens_on() {
+        let names =
+            ["hestner-agent.service", "hestner-run@.service", "hestner-guard@.service", "hestner-thaw@.service"];
+        let listening = ["run", "guard", "thaw"].map(|name| unit(&format!("hestner-{name}.socket")));
+        let mut calls = 0;
+        for name in names {
+            let text = unit(name);
+            for line in text.lines().filter(|line| line.starts_with("ExecSt")) {
+                let command = line.split_once('=').map(|(_, command)| command.trim_start_matches('+'));
+                let words: Vec<&str> = command.unwrap_or_default().split_whitespace().collect();
+                if let Err(error) = Arguments::try_parse_from(&words) {
+                    panic!("{name}: {line}\n{error}");
+                }
+                for socket in words.iter().filter(|word| word.ends_with(".sock")) {
+                    let listens = listening.iter().any(|unit| unit.contains(&format!("ListenStream={socket}\n")));
+                    assert!(listens, "{name}: nobody listens on {socket}");
+                }
+                calls += 1;
+            }
+        }
+        assert_eq!(calls, 6, "a start each, and what follows a run and a guard");
+    }
 }

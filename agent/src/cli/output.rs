@@ -8,10 +8,16 @@ use serde::Serialize;
 
 use super::Complaint;
 use crate::report::RunRecord;
+use crate::status::WaitingRun;
 
 /// An error, what to do, and its code.
 pub(super) fn complain(Complaint { message, next_step, code, .. }: &Complaint) {
-    eprintln!("hestner-agent: {message}\n  next: {next_step}\n  code: {code}");
+    eprintln!("{}", harmless(&format!("hestner-agent: {message}\n  next: {next_step}\n  code: {code}")));
+}
+
+/// Without what a terminal would obey: much of what is shown to root was said by the daemon, who is not root.
+fn harmless(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { ' ' } else { c }).collect()
 }
 
 /// Anything as JSON.
@@ -23,7 +29,7 @@ pub(super) fn json(value: &impl Serialize) {
 
 /// A line of text.
 pub(super) fn line(text: &str) {
-    let _ = writeln!(std::io::stdout(), "{text}");
+    let _ = writeln!(std::io::stdout(), "{}", harmless(text));
 }
 
 /// A run, whole.
@@ -101,12 +107,25 @@ impl ProgressLine {
             files.0,
             files.1
         );
-        let text = if bytes_done.1 == 0 { phase.to_owned() } else { text };
+        let text = harmless(if bytes_done.1 == 0 { phase } else { &text });
         if std::io::stderr().is_terminal() {
             eprint!("\r\x1b[K{text}");
             self.shown = true;
         } else {
             eprintln!("{text}");
+        }
+    }
+
+    /// Says that the run waits for a person, and what that person types.
+    pub(super) fn wait(&mut self, runs: &[WaitingRun]) {
+        self.end();
+        for run in runs {
+            eprintln!(
+                "run {} waits until somebody confirms it on this host, at most until {}: hestner-agent confirm {}",
+                run.run_uid,
+                time(run.expires_at_ms),
+                run.run_uid
+            );
         }
     }
 
@@ -126,7 +145,8 @@ pub(super) fn bytes(bytes: u64) -> String {
     unit.map_or_else(|| format!("{bytes} B"), |(name, size)| format!("{:.1} {name}", bytes as f64 / *size as f64))
 }
 
-fn time(milliseconds: i64) -> String {
+/// A time of day in UTC.
+pub(super) fn time(milliseconds: i64) -> String {
     match DateTime::from_timestamp_millis(milliseconds) {
         Some(time) if milliseconds > 0 => time.format("%Y-%m-%dT%H:%M:%SZ").to_string(),
         _ => "never".to_owned(),
@@ -145,5 +165,10 @@ mod tests {
     #[test]
     fn time_that_never_came_says_so() {
         assert_eq!((time(0).as_str(), time(1_000).as_str()), ("never", "1970-01-01T00:00:01Z"));
+    }
+
+    #[test]
+    fn terminal_is_given_no_orders() {
+        assert_eq!(harmless("a\x1b[2J\x07b\u{9b}1m\r\nc\td"), "a [2J b 1m \nc\td");
     }
 }

@@ -11,7 +11,7 @@ use crate::platform::chain;
 use crate::report::RunRecord;
 use crate::status::Status;
 
-async fn ask(settings: &Settings, request: Request) -> Result<Conversation, Complaint> {
+pub(super) async fn ask(settings: &Settings, request: Request) -> Result<Conversation, Complaint> {
     control::ask(&settings.socket, &request).await.map_err(complaint)
 }
 
@@ -23,7 +23,7 @@ fn complaint(error: ControlError) -> Complaint {
     )
 }
 
-async fn next(conversation: &mut Conversation) -> Result<Answer, Complaint> {
+pub(super) async fn next(conversation: &mut Conversation) -> Result<Answer, Complaint> {
     match conversation.next().await.map_err(complaint)? {
         Some(Answer::Refused { code, message, next_step }) => {
             let exit = code.parse().map_or(super::EXIT_MEND, |class: hestner_proto::words::ErrorClass| {
@@ -36,7 +36,7 @@ async fn next(conversation: &mut Conversation) -> Result<Answer, Complaint> {
     }
 }
 
-fn unexpected() -> Complaint {
+pub(super) fn unexpected() -> Complaint {
     Complaint::mend(
         "version_mismatch",
         "the daemon answered something else than was asked",
@@ -66,7 +66,11 @@ fn print_status(status: &Status) {
     };
     output::line(&format!("  receiver     {link}"));
     output::line(&format!("  outbox       {} reports wait", status.outbox_reports));
-    output::line(&format!("  runs         {} going on", status.runs_active));
+    let waiting = match status.runs_waiting {
+        0 => String::new(),
+        n => format!(", {n} waiting to be confirmed (`hestner-agent confirm --list`)"),
+    };
+    output::line(&format!("  runs         {} going on{waiting}", status.runs_active));
     let separation = if status.separated { "on" } else { "off: daemon and runner run as the same user" };
     output::line(&format!("  separation   {separation}"));
     for service in &status.services {
@@ -117,9 +121,14 @@ pub(super) async fn snapshot(
     let Answer::Started { run_uid } = next(&mut conversation).await? else { return Err(unexpected()) };
     if detach {
         if as_json {
-            output::json(&json!({ "run_uid": run_uid }));
+            output::json(&json!({ "run_uid": &run_uid }));
         } else {
             output::line(&format!("run {run_uid} was started; `hestner-agent runs` shows its end"));
+        }
+        // One that needs nobody does not wait, and says so.
+        let mut waits = ask(settings, Request::Wait { run_uid }).await?;
+        if let Ok(Answer::Waiting(runs)) = next(&mut waits).await {
+            ProgressLine::new().wait(&runs);
         }
         return Ok(());
     }
@@ -129,6 +138,7 @@ pub(super) async fn snapshot(
             Ok(Answer::Progress { phase, bytes, files, seconds_remaining }) => {
                 progress.show(&phase, bytes, files, seconds_remaining)
             }
+            Ok(Answer::Waiting(runs)) => progress.wait(&runs),
             Ok(Answer::Ended(record)) => break record,
             Ok(_) => {}
             Err(complaint) => {

@@ -1,24 +1,21 @@
 //! Answers people on the host: status, runs, plans, and runs that they start and follow.
 
-use std::path::PathBuf;
-
 use hestner_proto::words::{RunKind, Verb};
 use tokio::sync::{mpsc, watch};
 
-use super::known::reach;
-use super::runs::{Heard, Runs, Wish};
-use super::settings::Settings;
+use super::known::{Knowing, reach_of};
+use super::runs::{Heard, NotWaiting, Runs, Wish};
+use super::waiting::Word;
 use crate::control::{self, Answer, Call};
 use crate::identity::Keeper;
-use crate::lifecycle::{Drain, Tasks};
+use crate::lifecycle::{Drain, Pulse, Tasks};
 use crate::policy::Policies;
 use crate::report::RunRecord;
-use crate::repository::{Location, Mode};
-use crate::run::launcher::Runner;
+use crate::run::launcher::{Launch, Runner};
 use crate::run::messages::{Event, Request};
 use crate::run::plan::read_grants;
 use crate::session::Link;
-use crate::status::{RepositoryStatus, ServiceStatus, Status};
+use crate::status::{ServiceStatus, Status, WaitingRun};
 use crate::store::Store;
 
 /// What a follower of a run may leave unread.
@@ -27,8 +24,8 @@ const HEARD_WAITING: usize = 32;
 /// Answers people on the host.
 #[derive(Clone)]
 pub(super) struct Desk {
-    pub(super) settings: Settings,
-    pub(super) settings_path: PathBuf,
+    pub(super) knowing: Knowing,
+    pub(super) launch: Launch,
     pub(super) keeper: Keeper,
     pub(super) policies: Policies,
     pub(super) store: Store,
@@ -38,11 +35,11 @@ pub(super) struct Desk {
 }
 
 impl Desk {
-    pub(super) async fn run(self, mut calls: mpsc::Receiver<Call>, tasks: Tasks, drain: Drain) {
+    pub(super) async fn run(self, mut calls: mpsc::Receiver<Call>, mut pulse: Pulse, tasks: Tasks, drain: Drain) {
         loop {
             let call = tokio::select! {
                 () = drain.cancelled() => return,
-                Some(call) = calls.recv() => call,
+                Some(call) = pulse.rest(calls.recv()) => call,
             };
             let desk = self.clone();
             tasks.spawn_ending(async move { desk.answer(call).await });
@@ -55,9 +52,44 @@ impl Desk {
             control::Request::Runs { limit } => self.list(limit).await,
             control::Request::Plan { service } => self.plan(service).await,
             control::Request::Snapshot { service } => return self.snapshot(service, answers).await,
+            control::Request::Waiting => Answer::Waiting(self.runs.waiting()),
+            control::Request::Wait { run_uid } => {
+                let found = self.runs.waiting().into_iter().find(|run| run.run_uid == run_uid);
+                self.waits(&run_uid, found).await
+            }
+            control::Request::Confirm { run_uid } => {
+                let found = self.runs.say(&run_uid, Word::Confirmed).await;
+                self.waits(&run_uid, found).await
+            }
+            control::Request::Refuse { run_uid, by } => {
+                let found = self.runs.say(&run_uid, Word::Refused { by }).await;
+                self.waits(&run_uid, found).await
+            }
         };
         // A caller that has left needs no answer.
         let _ = answers.send(last).await;
+    }
+
+    /// The run that a word was said on, or why there is none that waits for it.
+    async fn waits(&self, run_uid: &str, found: Option<WaitingRun>) -> Answer {
+        if let Some(run) = found {
+            return Answer::Waiting(vec![run]);
+        }
+        let shown = "`hestner-agent confirm --list` shows what waits";
+        match self.runs.why_not_waiting(run_uid).await {
+            Ok(NotWaiting::Unknown) => refused("unknown_run", &format!("there is no run {run_uid}"), shown),
+            Ok(NotWaiting::Ended) => {
+                refused("run_ended", &format!("run {run_uid} has ended"), "`hestner-agent runs` shows how; ask again")
+            }
+            Ok(NotWaiting::Confirmed) => {
+                let next_step = "nothing: it begins when its turn comes; `hestner-agent runs` shows its end";
+                refused("run_confirmed", &format!("run {run_uid} was confirmed already"), next_step)
+            }
+            Ok(NotWaiting::Needless) => {
+                refused("run_not_waiting", &format!("run {run_uid} does not wait to be confirmed"), shown)
+            }
+            Err(error) => refused("state_unusable", &error.to_string(), "look at the state folder's disk"),
+        }
     }
 
     async fn list(&self, limit: u32) -> Answer {
@@ -70,7 +102,7 @@ impl Desk {
     }
 
     async fn plan(&self, service: String) -> Answer {
-        let event = match Runner::launch(&self.settings_path, &Request::Plan { service }).await {
+        let event = match Runner::launch(&self.launch, &Request::Plan { service }).await {
             Ok(mut runner) => runner.next().await,
             Err(error) => return refused("runner_not_started", &error.to_string(), "read the agent's log"),
         };
@@ -106,6 +138,7 @@ impl Desk {
                     files: (p.files_done, p.files_total),
                     seconds_remaining: p.seconds_remaining,
                 },
+                Heard::Waits(run) => Answer::Waiting(vec![run]),
                 Heard::Ended(record) => Answer::Ended(record),
             });
         }
@@ -115,20 +148,23 @@ impl Desk {
         let mut status = Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             runs_active: *self.runs_active.borrow(),
-            separated: false,
+            runs_waiting: self.runs.waiting().len(),
+            separated: self.launch.is_separated(),
             ..Status::default()
         };
         let link = self.link.borrow().clone();
         (status.connected, status.disconnected_because) = (link.connected, link.because);
+        status.clock_skew_ms = link.skew_ms;
         match self.store.waiting().await {
             Ok(waiting) => status.outbox_reports = waiting,
             Err(error) => status.problems.push(error.to_string()),
         }
         // The runner reads the settings anew for each run, so this does as well.
-        let settings = Settings::read(&self.settings_path).unwrap_or_else(|error| {
-            status.problems.push(error.to_string());
-            self.settings.clone()
-        });
+        let (settings, problem) = self.knowing.settings();
+        let description = self.knowing.description().await;
+        // The runner may name the same problem of the settings.
+        status.problems.extend(problem.into_iter().chain(description.problems.iter().cloned()));
+        status.problems.dedup();
         if let Err(failure) = read_grants(&settings.grants) {
             status.problems.push(failure.message);
         }
@@ -136,7 +172,7 @@ impl Desk {
             let policy = self.policies.load(&service.name).ok().flatten();
             status.services.push(ServiceStatus {
                 name: service.name.clone(),
-                consistency: reach(service, &settings).await,
+                consistency: reach_of(&description, &service.name),
                 destination: policy.as_ref().map_or(service.destination.clone(), |p| p.destination.clone()),
                 cron: policy.map(|p| p.cron).unwrap_or_default(),
             });
@@ -145,7 +181,7 @@ impl Desk {
             status.enrolled = true;
             (status.company_id, status.server_id) = (identity.id.company_id, identity.id.server_id);
             status.certificate_expires_at_ms = identity.not_after.timestamp_millis();
-            status.repositories = repositories(&settings, identity.id.server_id);
+            status.repositories = description.repositories;
         }
         status
     }
@@ -153,19 +189,4 @@ impl Desk {
 
 fn refused(code: &str, message: &str, next_step: &str) -> Answer {
     Answer::Refused { code: code.to_owned(), message: message.to_owned(), next_step: next_step.to_owned() }
-}
-
-/// Repositories that exist.
-fn repositories(settings: &Settings, server_id: i64) -> Vec<RepositoryStatus> {
-    let all = settings.destinations.iter().flat_map(|d| [Mode::Encrypted, Mode::Open].map(|mode| (d, mode)));
-    let located =
-        all.map(|(d, mode)| (mode, Location::new(d, mode, server_id, &settings.state_dir, &settings.repository)));
-    let existing = located.filter(|(_, location)| location.path().join("config").exists());
-    let status = |(mode, location): (Mode, Location)| RepositoryStatus {
-        path: location.path().display().to_string(),
-        password_file: location.password_file().display().to_string(),
-        mode: mode.as_str().to_owned(),
-        destination: location.destination,
-    };
-    existing.map(status).collect()
 }

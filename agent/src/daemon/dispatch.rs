@@ -16,7 +16,7 @@ use tokio::sync::{Notify, mpsc};
 use super::runs::{Runs, Wish};
 use super::settings::Settings;
 use crate::gate::{self, Refusal};
-use crate::lifecycle::Drain;
+use crate::lifecycle::{Drain, Pulse};
 use crate::platform::chain;
 use crate::platform::clock::SharedClock;
 use crate::platform::command::printable;
@@ -53,11 +53,11 @@ pub struct Dispatcher {
 
 impl Dispatcher {
     /// Runs until the drain.
-    pub async fn run(mut self, drain: Drain) {
+    pub async fn run(mut self, mut pulse: Pulse, drain: Drain) {
         loop {
             let directive = tokio::select! {
                 () = drain.cancelled() => return,
-                directive = self.directives.recv() => directive,
+                directive = pulse.rest(self.directives.recv()) => directive,
             };
             let Some(directive) = directive else { return };
             let id = directive.id.clone();

@@ -17,6 +17,7 @@ pub mod dispatch;
 mod known;
 pub mod runs;
 pub mod settings;
+mod waiting;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,20 +30,23 @@ use crate::control::{self, ControlError};
 use crate::heartbeat::Heart;
 use crate::identity::{IdentityError, Keeper};
 use crate::inventory::Inventory;
-use crate::lifecycle::{Drain, Tasks};
+use crate::lifecycle::{Drain, Pulse, Tasks};
 use crate::platform::backoff::random_u64;
 use crate::platform::clock::SharedClock;
 use crate::platform::files::{self, FileError};
+use crate::platform::notify::Notifier;
 use crate::platform::trust::{self, Distrust};
-use crate::policy::Policies;
+use crate::policy::{DAEMON_FOLDER, Policies};
 use crate::report::{Report, Usage};
+use crate::run::launcher::Launch;
 use crate::scheduler::Scheduler;
 use crate::session::{Link, Session};
 use crate::store::{Store, StoreError};
 
 use desk::Desk;
 use dispatch::Dispatcher;
-use known::known;
+use known::Knowing;
+pub use known::describe;
 use runs::{Parts, Runs, Wish};
 use settings::Settings;
 
@@ -74,6 +78,9 @@ pub enum StartError {
     /// The local socket cannot be bound.
     #[error(transparent)]
     Control(#[from] ControlError),
+    /// systemd cannot be told that the daemon is ready.
+    #[error("cannot use the socket that NOTIFY_SOCKET names")]
+    Manager(#[source] std::io::Error),
     /// There are no random numbers.
     #[error("no random numbers")]
     Random(#[from] getrandom::Error),
@@ -83,30 +90,43 @@ pub enum StartError {
 pub struct Bound {
     settings: Settings,
     settings_path: PathBuf,
+    launch: Launch,
     keeper: Keeper,
     server_id: i64,
     store: Store,
     control: control::Listener,
     clock: SharedClock,
+    manager: Arc<Notifier>,
     _state: files::Lock,
 }
 
-/// Opens everything.
+/// Opens everything. `runner_socket` is where systemd starts runners; without one the daemon starts them.
 ///
 /// # Errors
 /// [`StartError`]; then nothing was started.
-pub async fn build(settings: Settings, settings_path: &Path, clock: SharedClock) -> Result<Bound, StartError> {
-    files::private_folder(&settings.state_dir)?;
-    trust::check(&settings.state_dir)?;
-    let state = files::try_lock(&settings.state_dir.join("lock"))?;
+pub async fn build(
+    settings: Settings,
+    settings_path: &Path,
+    runner_socket: Option<PathBuf>,
+    clock: SharedClock,
+) -> Result<Bound, StartError> {
+    let own = settings.state_dir.join(DAEMON_FOLDER);
+    files::private_folder(&own)?;
+    trust::check(&own)?;
+    let state = files::try_lock(&own.join("lock"))?;
     let Some(state) = state else { return Err(StartError::StateInUse(settings.state_dir.clone())) };
     let keeper = Keeper::of(&settings.state_dir);
     let server_id = keeper.load()?.id.server_id;
     let epoch = format!("{:016x}{:016x}", random_u64()?, random_u64()?);
-    let store = Store::open(&settings.state_dir.join("agent.db"), &epoch)?;
+    let store = Store::open(&own.join("agent.db"), &epoch)?;
     let control = control::bind(&settings.socket).await?;
+    let manager = Arc::new(Notifier::from_environment().map_err(StartError::Manager)?);
     let settings_path = std::path::absolute(settings_path).unwrap_or_else(|_| settings_path.to_owned());
-    Ok(Bound { settings, settings_path, keeper, server_id, store, control, clock, _state: state })
+    let launch = match runner_socket {
+        Some(socket) => Launch::Socket(socket),
+        None => Launch::Process { config: settings_path.clone() },
+    };
+    Ok(Bound { settings, settings_path, launch, keeper, server_id, store, control, clock, manager, _state: state })
 }
 
 impl Bound {
@@ -128,10 +148,12 @@ impl Bound {
         let (calls_tx, calls) = mpsc::channel(CALLS_WAITING);
         let (outbox_grew, policies_changed) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
         let policies = Policies::of(&self.settings.state_dir);
-        let Self { settings, settings_path, keeper, server_id, store, control, clock, _state } = self;
+        let Self { settings, settings_path, launch, keeper, server_id, store, control, clock, manager, _state } = self;
+        let knowing = Knowing::new(settings.clone(), settings_path.clone(), launch.clone());
+        let separated = launch.is_separated();
         let runs = Runs::new(Parts {
             settings_path: settings_path.clone(),
-            state_dir: settings.state_dir.clone(),
+            launch: launch.clone(),
             limits: settings.limits.clone(),
             store: store.clone(),
             clock: clock.clone(),
@@ -145,8 +167,8 @@ impl Bound {
         let inventory_task = Inventory {
             settings: settings.inventory.clone(),
             known: {
-                let (settings, path) = (settings.clone(), settings_path.clone());
-                move || known(settings.clone(), path.clone())
+                let knowing = knowing.clone();
+                move || knowing.clone().known()
             },
             latest: inventory_tx,
         };
@@ -170,6 +192,7 @@ impl Bound {
         };
         let session = Session {
             settings: settings.receiver.clone(),
+            separated,
             keeper: keeper.clone(),
             store: store.clone(),
             clock: clock.clone(),
@@ -180,42 +203,47 @@ impl Bound {
             runs_active: runs_active.clone(),
             directives: directives_tx,
             link: link_tx,
+            pulse: tasks.pulse("session"),
         };
-        let desk = Desk {
-            settings: settings.clone(),
-            settings_path,
-            keeper,
-            policies,
-            store: store.clone(),
-            runs: runs.clone(),
-            runs_active,
-            link,
-        };
+        let desk =
+            Desk { knowing, launch, keeper, policies, store: store.clone(), runs: runs.clone(), runs_active, link };
+        // Before anybody can ask for a run of the same service.
+        runs.resume_waiting().await;
         let recovery = runs.clone();
         tasks.spawn_ending(async move { recovery.recover().await });
-        tasks.spawn("heart", heart.run(drain.clone()));
-        tasks.spawn("inventory", inventory_task.run(drain.clone()));
-        tasks.spawn("scheduler", scheduler.run(drain.clone()));
-        tasks.spawn("dispatch", dispatcher.run(drain.clone()));
+        tasks.spawn("heart", heart.run(tasks.pulse("heart"), drain.clone()));
+        tasks.spawn("inventory", inventory_task.run(tasks.pulse("inventory"), drain.clone()));
+        tasks.spawn("scheduler", scheduler.run(tasks.pulse("scheduler"), drain.clone()));
+        tasks.spawn("dispatch", dispatcher.run(tasks.pulse("dispatch"), drain.clone()));
         tasks.spawn("session", session.run(drain.clone()));
-        tasks.spawn("control", control.run(calls_tx, tasks.clone(), drain.clone()));
-        tasks.spawn("desk", desk.run(calls, tasks.clone(), drain.clone()));
-        tasks.spawn("wishes", take_wishes(wishes, runs, drain.clone()));
-        tasks.spawn("usage", keep_usage(usage, store, clock, outbox_grew, drain));
-        tracing::warn!(
-            event = "separation_off",
-            "daemon and runner run as the same user: this agent was not started by its systemd units"
+        tasks.spawn("control", control.run(calls_tx, tasks.pulse("control"), tasks.clone(), drain.clone()));
+        tasks.spawn("desk", desk.run(calls, tasks.pulse("desk"), tasks.clone(), drain.clone()));
+        tasks.spawn("wishes", take_wishes(wishes, runs, tasks.pulse("wishes"), drain.clone()));
+        tasks.spawn("usage", keep_usage(usage, (store, clock, outbox_grew), tasks.pulse("usage"), drain));
+        if !separated {
+            tracing::warn!(
+                event = "separation_off",
+                "daemon and runner run as the same user: this agent was not started by its systemd units"
+            );
+        }
+        tracing::info!(event = "ready", separated, socket = %settings.socket.display(), receiver = settings.receiver.address);
+        tasks.spawn(
+            "watchdog",
+            tasks.clone().watch_over(manager.watchdog(), {
+                let manager = Arc::clone(&manager);
+                move || manager.alive()
+            }),
         );
-        tracing::info!(event = "ready", socket = %settings.socket.display(), receiver = settings.receiver.address);
-        tasks.run_until_stopped().await
+        manager.ready();
+        tasks.run_until_stopped(|| manager.stopping()).await
     }
 }
 
-async fn take_wishes(mut wishes: mpsc::Receiver<String>, runs: Runs, drain: Drain) {
+async fn take_wishes(mut wishes: mpsc::Receiver<String>, runs: Runs, mut pulse: Pulse, drain: Drain) {
     loop {
         let service = tokio::select! {
             () = drain.cancelled() => return,
-            Some(service) = wishes.recv() => service,
+            Some(service) = pulse.rest(wishes.recv()) => service,
         };
         let wish = Wish { service, verb: Verb::Snapshot.to_string(), kind: RunKind::Cron, directive_id: String::new() };
         let name = wish.service.clone();
@@ -228,15 +256,14 @@ async fn take_wishes(mut wishes: mpsc::Receiver<String>, runs: Runs, drain: Drai
 
 async fn keep_usage(
     mut usage: mpsc::Receiver<Usage>,
-    store: Store,
-    clock: SharedClock,
-    grew: Arc<Notify>,
+    (store, clock, grew): (Store, SharedClock, Arc<Notify>),
+    mut pulse: Pulse,
     drain: Drain,
 ) {
     loop {
         let hour = tokio::select! {
             () = drain.cancelled() => return,
-            Some(hour) = usage.recv() => hour,
+            Some(hour) = pulse.rest(usage.recv()) => hour,
         };
         match store.append(Report::Usage(hour).encode(clock.now_ms())).await {
             Ok(_) => grew.notify_one(),

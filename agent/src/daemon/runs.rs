@@ -3,27 +3,36 @@
 //! A run is in the store before anything of it happens, and its end is written there together with the
 //! report of it. Whatever dies in between, the next start finds the run unfinished, lets a runner settle
 //! what is left, and takes the end from the runner's ledger; one without an end was interrupted.
+//!
+//! A run that the grants want confirmed stays `queued` until a person has said a word or its time is over;
+//! meanwhile it holds no place, and a restart lets it wait on. Whether it was confirmed is for the runner
+//! to believe or not.
+
+mod confirm;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use hestner_proto::v1;
 use hestner_proto::words::{ErrorClass, RunKind, RunStatus};
-use hestner_proto::{sha256_hex, v1};
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 
 use super::settings::Limits;
-use crate::escrow::EscrowedKey;
+use super::waiting::Waiting;
 use crate::lifecycle::Tasks;
 use crate::platform::backoff::{Backoff, random_u64};
+use crate::platform::chain;
 use crate::platform::clock::SharedClock;
 use crate::report::{Report, RunRecord};
-use crate::run::launcher::{LaunchError, Runner};
-use crate::run::ledger::Ledger;
+use crate::run::launcher::{Launch, LaunchError, Runner};
 use crate::run::messages::{Event, Failure, Finished, Request};
 use crate::run::settle::interrupted;
-use crate::store::{RunRow, Store, StoreError};
+use crate::status::WaitingRun;
+use crate::store::{RunRow, Store, StoreError, Wait};
+pub use confirm::NotWaiting;
+use confirm::{Entered, waiting_run};
 
 /// How often to look whether a run of an earlier daemon still lives.
 const ALIVE_LOOK: Duration = Duration::from_secs(30);
@@ -46,6 +55,8 @@ pub struct Wish {
 pub enum Heard {
     /// Where it is.
     Progress(v1::Progress),
+    /// It waits for a person.
+    Waits(WaitingRun),
     /// Its end.
     Ended(Box<RunRecord>),
 }
@@ -58,10 +69,10 @@ pub struct Runs {
 
 /// What [`Runs`] is made of.
 pub struct Parts {
-    /// The settings file that runners read.
+    /// The settings file.
     pub settings_path: PathBuf,
-    /// The state folder.
-    pub state_dir: PathBuf,
+    /// How runners come to be.
+    pub launch: Launch,
     /// Bounds.
     pub limits: Limits,
     /// The store.
@@ -82,6 +93,7 @@ struct Shared {
     parts: Parts,
     /// Services with a run that is queued or running.
     busy: Mutex<BTreeSet<String>>,
+    waiting: Waiting,
     followers: Mutex<BTreeMap<String, mpsc::Sender<Heard>>>,
     places: Semaphore,
     settled: watch::Sender<bool>,
@@ -92,7 +104,8 @@ impl Runs {
     pub fn new(parts: Parts) -> Self {
         let places = Semaphore::new(parts.limits.concurrent_runs);
         let (settled, _) = watch::channel(false);
-        let shared = Shared { parts, busy: Mutex::default(), followers: Mutex::default(), places, settled };
+        let waiting = Waiting::default();
+        let shared = Shared { parts, busy: Mutex::default(), waiting, followers: Mutex::default(), places, settled };
         Self { shared: Arc::new(shared) }
     }
 
@@ -109,8 +122,7 @@ impl Runs {
         };
         let mut open = left_by_another;
         loop {
-            self.settle().await;
-            open = self.finish_dead(open).await;
+            open = self.settle(open).await;
             self.shared.settled.send_replace(true);
             if open.is_empty() {
                 return;
@@ -124,30 +136,47 @@ impl Runs {
         }
     }
 
-    /// Ends those runs of which no process lives; returns the others.
-    async fn finish_dead(&self, open: BTreeSet<String>) -> BTreeSet<String> {
-        let ledger = Ledger::of(&self.shared.parts.state_dir);
+    /// Has everything settled that can be, and ends those of the given runs of which no process lives.
+    /// Returns the others.
+    async fn settle(&self, mut open: BTreeSet<String>) -> BTreeSet<String> {
         let mut alive = BTreeSet::new();
-        for run_uid in open {
-            if ledger.run(&run_uid).is_alive() {
-                alive.insert(run_uid);
-            } else {
-                self.finish_from_ledger(&run_uid).await;
+        let mut ended = Vec::new();
+        let conversation = async {
+            let request = Request::Settle { run_uids: open.iter().cloned().collect() };
+            let mut runner = Runner::launch(&self.shared.parts.launch, &request).await?;
+            let mut settled = false;
+            while let Some(event) = runner.next().await {
+                match event {
+                    Event::Alive { run_uid } => drop(alive.insert(run_uid)),
+                    Event::Finished(end) => ended.push(*end),
+                    Event::Settled => settled = true,
+                    _ => {}
+                }
+            }
+            Ok::<bool, LaunchError>(settled)
+        };
+        let settled = match conversation.await {
+            Ok(settled) => settled,
+            Err(error) => {
+                // Every runner settles before it begins, so that this is made good at the next run.
+                tracing::error!(event = "not_settled", error = chain(&error));
+                false
+            }
+        };
+        for finished in ended {
+            let run_uid = finished.record.run_uid.clone();
+            if open.remove(&run_uid) {
+                self.finish_of_another(&run_uid, finished).await;
             }
         }
-        alive
-    }
-
-    async fn settle(&self) {
-        let ended = async {
-            let mut runner = Runner::launch(&self.shared.parts.settings_path, &Request::Settle).await?;
-            while runner.next().await.is_some() {}
-            Ok::<(), LaunchError>(())
-        };
-        if let Err(error) = ended.await {
-            // Every runner settles before it begins, so that this is made good at the next run.
-            tracing::error!(event = "not_settled", error = %error);
+        if settled {
+            // No process and no result: it was never begun, or never came so far.
+            for run_uid in open.iter().filter(|uid| !alive.contains(*uid)) {
+                self.finish_of_another(run_uid, interrupted(run_uid, None, &*self.shared.parts.clock)).await;
+            }
+            open.retain(|uid| alive.contains(uid));
         }
+        open
     }
 
     /// Begins a run and returns its id. `follower` hears of it until its end.
@@ -156,37 +185,65 @@ impl Runs {
     /// When another run of the service goes on, too many wait, or its end could not be kept.
     pub async fn start(&self, wish: Wish, follower: Option<mpsc::Sender<Heard>>) -> Result<String, Failure> {
         let run_uid = uuid::Uuid::now_v7().to_string();
-        self.occupy(&wish.service)?;
-        if let Err(error) = self.begin(&wish, &run_uid).await {
+        let wait = self.wait_of(&wish);
+        self.occupy(&wish.service, wait.is_some())?;
+        if let Err(error) = self.begin(&wish, &run_uid, wait.clone()).await {
             self.lock_busy().remove(&wish.service);
             let class = if error.is_full() { ErrorClass::StateFull } else { ErrorClass::StateUnusable };
             return Err(Failure::of(class, &error));
         }
         self.shared.parts.outbox_grew.notify_one();
+        let entered = wait.map(|wait| {
+            let run = waiting_run(&wish, &run_uid, wait);
+            tracing::info!(event = "run_waits_for_confirmation", run_id = run_uid, service = run.service);
+            if let Some(follower) = &follower {
+                // Its first message: there is room.
+                let _ = follower.try_send(Heard::Waits(run.clone()));
+            }
+            self.enter(run)
+        });
         if let Some(follower) = follower {
             self.lock_followers().insert(run_uid.clone(), follower);
         }
         let (runs, uid) = (self.clone(), run_uid.clone());
-        self.shared.parts.tasks.spawn_ending(async move { runs.work(wish, uid).await });
+        self.shared.parts.tasks.spawn_ending(async move { runs.work(wish, uid, entered).await });
         Ok(run_uid)
     }
 
-    fn occupy(&self, service: &str) -> Result<(), Failure> {
+    /// Ends a run of which nothing was begun.
+    async fn finish_unbegun(&self, wish: &Wish, run_uid: &str, started_at_ms: i64, failure: Failure) {
+        let mut record = RunRecord::queued(
+            run_uid.to_owned(),
+            wish.directive_id.clone(),
+            wish.service.clone(),
+            wish.kind,
+            started_at_ms,
+        );
+        record.fail(failure.class, failure.message, self.shared.parts.clock.now_ms());
+        self.finish(wish, Finished { record, repository_key: None }).await;
+    }
+
+    fn occupy(&self, service: &str, waits: bool) -> Result<(), Failure> {
         let limits = &self.shared.parts.limits;
         let mut busy = self.lock_busy();
-        if busy.len() >= limits.concurrent_runs + limits.waiting_runs {
-            return Err(Failure::new(
-                ErrorClass::Busy,
-                format!("{} runs go on or wait; no more are taken", busy.len()),
-            ));
+        // What waits for a person holds no place; of each service there is one at most.
+        let taken = busy.len().saturating_sub(self.shared.waiting.count());
+        if !waits && taken >= limits.concurrent_runs + limits.waiting_runs {
+            return Err(Failure::new(ErrorClass::Busy, format!("{taken} runs go on or wait; no more are taken")));
         }
         if !busy.insert(service.to_owned()) {
-            return Err(Failure::new(ErrorClass::Busy, format!("another run of service `{service}` goes on")));
+            let message = match self.shared.waiting.of_service(service) {
+                Some(run_uid) => format!(
+                    "run {run_uid} of service `{service}` waits to be confirmed; `hestner-agent confirm {run_uid}` lets it begin, and with `--refuse` ends it"
+                ),
+                None => format!("another run of service `{service}` goes on"),
+            };
+            return Err(Failure::new(ErrorClass::Busy, message));
         }
         Ok(())
     }
 
-    async fn begin(&self, wish: &Wish, run_uid: &str) -> Result<(), StoreError> {
+    async fn begin(&self, wish: &Wish, run_uid: &str, wait: Option<Wait>) -> Result<(), StoreError> {
         let Parts { store, clock, .. } = &self.shared.parts;
         store.check_room().await?;
         let now = clock.now_ms();
@@ -194,10 +251,19 @@ impl Runs {
             RunRecord::queued(run_uid.to_owned(), wish.directive_id.clone(), wish.service.clone(), wish.kind, now);
         let row = RunRow { run_uid: run_uid.to_owned(), service: wish.service.clone(), record: to_text(&record) };
         let directive = (!wish.directive_id.is_empty()).then(|| wish.directive_id.clone());
-        store.begin_run(row, Report::Run(Box::new(record)).encode(now), directive).await
+        store.begin_run(row, Report::Run(Box::new(record)).encode(now), directive, wait).await
     }
 
-    async fn work(&self, wish: Wish, run_uid: String) {
+    async fn work(&self, wish: Wish, run_uid: String, entered: Option<Entered>) {
+        if self.may_begin(&wish, &run_uid, entered).await {
+            self.work_in_turn(&wish, &run_uid).await;
+        }
+        self.shared.waiting.forget(&run_uid);
+        self.lock_busy().remove(&wish.service);
+        self.lock_followers().remove(&run_uid);
+    }
+
+    async fn work_in_turn(&self, wish: &Wish, run_uid: &str) {
         let drain = self.shared.parts.tasks.drain();
         let mut settled = self.shared.settled.subscribe();
         let ready = async {
@@ -206,40 +272,64 @@ impl Runs {
             self.shared.places.acquire().await
         };
         let place = tokio::select! {
-            // The run stays unfinished in the store, and the next start calls it interrupted.
+            // First: the drain ends other runs, and the place that they leave is nobody's any more.
+            biased;
+            // The run stays unfinished in the store: the next start calls it interrupted, or lets it begin if a
+            // person had confirmed it.
             () = drain.cancelled() => return,
             place = ready => place,
         };
+        // From here on a restart would have to bring it to an end, and must not let it begin again.
+        if let Err(error) = self.shared.parts.store.end_wait(run_uid.to_owned()).await {
+            let class = if error.is_full() { ErrorClass::StateFull } else { ErrorClass::StateUnusable };
+            let now = self.shared.parts.clock.now_ms();
+            self.finish_unbegun(wish, run_uid, now, Failure::of(class, &error)).await;
+            return;
+        }
         self.shared.parts.active.send_modify(|active| *active += 1);
         let finished = tokio::select! {
-            finished = self.follow_runner(&wish, &run_uid) => finished,
+            finished = self.follow_runner(wish, run_uid) => finished,
             // Dropping the conversation cancels the run; its runner writes the end into its ledger.
             () = drain.cancelled() => None,
         };
         match finished {
-            Some(finished) => self.finish(&wish, finished).await,
+            Some(finished) => self.finish(wish, finished).await,
             None if drain.is_cancelled() => {}
-            None => {
-                // The runner died without a word: settle what it left, then read its ledger.
-                self.settle().await;
-                self.finish_from_ledger(&run_uid).await;
-            }
+            // The runner died without a word: settle what it left, and hear from its ledger.
+            None => self.settle_until_ended(run_uid).await,
         }
         drop(place);
         self.shared.parts.active.send_modify(|active| *active -= 1);
         self.shared.parts.progress.send_replace(None);
-        self.lock_busy().remove(&wish.service);
-        self.lock_followers().remove(&run_uid);
+    }
+
+    async fn settle_until_ended(&self, run_uid: &str) {
+        let drain = self.shared.parts.tasks.drain();
+        let mut open = BTreeSet::from([run_uid.to_owned()]);
+        loop {
+            open = self.settle(open).await;
+            if open.is_empty() {
+                return;
+            }
+            tracing::warn!(event = "runs_still_alive", runs = ?open);
+            tokio::select! {
+                () = drain.cancelled() => return,
+                () = tokio::time::sleep(ALIVE_LOOK) => {}
+            }
+        }
     }
 
     async fn follow_runner(&self, wish: &Wish, run_uid: &str) -> Option<Finished> {
         let request =
             Request::Run { run_uid: run_uid.to_owned(), service: wish.service.clone(), verb: wish.verb.clone() };
-        let mut runner = match Runner::launch(&self.shared.parts.settings_path, &request).await {
+        let mut runner = match Runner::launch(&self.shared.parts.launch, &request).await {
             Ok(runner) => runner,
             Err(error) => {
-                tracing::error!(event = "runner_not_started", run_id = run_uid, error = %error);
-                return None;
+                tracing::error!(event = "runner_not_started", run_id = run_uid, error = chain(&error));
+                // It never heard what it should do.
+                let mut finished = interrupted(run_uid, None, &*self.shared.parts.clock);
+                finished.record.error_message = chain(&error);
+                return Some(finished);
             }
         };
         self.report_running(wish, run_uid).await;
@@ -256,7 +346,7 @@ impl Runs {
                     seconds_remaining: progress.seconds_remaining,
                 }),
                 Event::Finished(end) => finished = Some(*end),
-                Event::Planned(_) | Event::Settled => {}
+                _ => {}
             }
         }
         finished
@@ -285,17 +375,12 @@ impl Runs {
         self.shared.parts.progress.send_replace(Some(progress));
     }
 
-    async fn finish_from_ledger(&self, run_uid: &str) {
-        let Parts { store, state_dir, clock, .. } = &self.shared.parts;
-        let known = match store.run(run_uid.to_owned()).await {
+    /// Ends a run that another daemon, or an earlier moment of this one, began.
+    async fn finish_of_another(&self, run_uid: &str, finished: Finished) {
+        let known = match self.shared.parts.store.run(run_uid.to_owned()).await {
             Ok(Some(row)) => serde_json::from_str::<RunRecord>(&row.record).ok(),
             _ => None,
         };
-        let result = Ledger::of(state_dir).run(run_uid).result().unwrap_or_else(|error| {
-            tracing::error!(event = "result_not_read", run_id = run_uid, error = %error);
-            None
-        });
-        let finished = result.unwrap_or_else(|| interrupted(run_uid, None, &**clock));
         let wish = match known {
             Some(known) => {
                 Wish { service: known.service, verb: String::new(), kind: known.kind, directive_id: known.directive_id }
@@ -320,7 +405,7 @@ impl Runs {
         log_end(&record);
         let mut backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
         let drain = tasks.drain();
-        let key = repository_key.map(|key| (mark_of(&key.key), Report::RepositoryKey(key)));
+        let key = repository_key.map(|key| (key.key.mark(), Report::RepositoryKey(key)));
         loop {
             let now = clock.now_ms();
             let report = Report::Run(Box::new(record.clone())).encode(now);
@@ -357,14 +442,6 @@ impl Runs {
 fn to_text(record: &RunRecord) -> String {
     // Plain data: it can always be written.
     serde_json::to_string(record).unwrap_or_default()
-}
-
-/// What tells two keys apart without holding either.
-fn mark_of(key: &EscrowedKey) -> String {
-    match key {
-        EscrowedKey::Wrapped(bytes) => sha256_hex(bytes),
-        EscrowedKey::Open(password) => sha256_hex(format!("open:{password}").as_bytes()),
-    }
 }
 
 fn log_end(record: &RunRecord) {

@@ -3,6 +3,7 @@
 //! Unknown keys are refused, every mistake is named at once, and a file that somebody else could have
 //! written is not believed. Reading has no effect.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,9 +12,10 @@ use serde::Deserialize;
 use toml::de::{DeTable, DeValue};
 use toml_example::TomlExample;
 
-use crate::identity::Keeper;
+use crate::guard::client::Start;
+use crate::identity::{IdentityError, Server};
 use crate::platform::trust::{self, Distrust};
-use crate::policy::{DestinationSettings, Floor, ServiceSettings, check_name};
+use crate::policy::{DAEMON_FOLDER, DestinationSettings, Floor, ServiceSettings, check_name};
 use crate::run::messages::Failure;
 use crate::run::plan::Host;
 // Under names of their own: the generator of the commented file knows a type by its last name only.
@@ -79,11 +81,21 @@ pub struct Limits {
     #[serde(with = "humantime_serde")]
     #[toml_example(default = "12h")]
     pub run_time_max: Duration,
+    /// How long a run that the grants want confirmed waits for `hestner-agent confirm`, and how long a
+    /// confirmed one may wait for its turn.
+    #[serde(with = "humantime_serde")]
+    #[toml_example(default = "24h")]
+    pub confirm_expires: Duration,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { concurrent_runs: 1, waiting_runs: 20, run_time_max: Duration::from_secs(12 * 3600) }
+        Self {
+            concurrent_runs: 1,
+            waiting_runs: 20,
+            run_time_max: Duration::from_secs(12 * 3600),
+            confirm_expires: Duration::from_secs(24 * 3600),
+        }
     }
 }
 
@@ -192,12 +204,43 @@ impl Settings {
         Self::parse(path, &text)
     }
 
+    /// What is needed to thaw, of a file that may have mistakes elsewhere: a service must not stay frozen
+    /// because of a slip in a setting. Everything else is as if nothing were written.
+    ///
+    /// # Errors
+    /// When somebody else could have written the file, or it is no TOML at all.
+    pub fn salvage(path: &Path) -> Result<Self, SettingsError> {
+        let whole = match Self::read(path) {
+            Err(SettingsError::Missing(_)) => return Ok(Self::default()),
+            Err(SettingsError::Mistakes { .. }) => None,
+            other => Some(other?),
+        };
+        if let Some(whole) = whole {
+            return Ok(whole);
+        }
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        let distrust = |source| SettingsError::Distrust { path: path.clone(), source };
+        let text = trust::read_text(&path, SETTINGS_BYTES_MAX).map_err(distrust)?;
+        let table: toml::Table = text.parse().unwrap_or_default();
+        let only = |key: &str| {
+            let part = toml::Table::from_iter([(key.to_owned(), table.get(key)?.clone())]);
+            Self::deserialize(toml::Value::Table(part)).ok()
+        };
+        let base = Self::default();
+        Ok(Self {
+            state_dir: only("state_dir").map_or(base.state_dir.clone(), |s| s.state_dir),
+            freeze: only("freeze").map_or(base.freeze.clone(), |s| s.freeze),
+            inventory: only("inventory").map_or(base.inventory.clone(), |s| s.inventory),
+            ..base
+        })
+    }
+
     fn parse(path: &Path, text: &str) -> Result<Self, SettingsError> {
         let syntax =
             |error: toml::de::Error| SettingsError::Syntax { path: path.to_owned(), reason: error.to_string() };
         let mistakes = match toml::from_str::<Self>(text) {
             Ok(settings) => match settings.mistakes() {
-                none if none.is_empty() => return Ok(settings),
+                none if none.is_empty() => return Ok(settings.shared()),
                 mistakes => mistakes,
             },
             // The first one is known; whoever mends the file wants them all.
@@ -206,14 +249,20 @@ impl Settings {
         Err(SettingsError::Mistakes { path: path.to_owned(), mistakes })
     }
 
+    /// Gives each part what it shares with another.
+    fn shared(mut self) -> Self {
+        self.freeze.docker_socket.clone_from(&self.inventory.docker_socket);
+        self.freeze.points = self.state_dir.join("points");
+        self
+    }
+
     fn mistakes(&self) -> Vec<String> {
-        let mut found = Vec::new();
+        let mut found = self.freeze.mistakes();
         for (key, path) in [
             ("state_dir", &self.state_dir),
             ("socket", &self.socket),
             ("grants", &self.grants),
             ("repository.restic", &self.repository.restic),
-            ("freeze.btrfs", &self.freeze.btrfs),
         ] {
             if !path.is_absolute() {
                 found.push(format!("`{key}` must be an absolute path, not `{}`", path.display()));
@@ -231,6 +280,9 @@ impl Settings {
         }
         if self.limits.concurrent_runs == 0 {
             found.push("`limits.concurrent_runs` must be at least 1".to_owned());
+        }
+        if self.limits.confirm_expires.is_zero() {
+            found.push("`limits.confirm_expires` must be longer than 0".to_owned());
         }
         if self.inventory.interval < Duration::from_secs(1) || self.heartbeat.sample_interval < Duration::from_secs(1) {
             found.push("`inventory.interval` and `heartbeat.sample_interval` must be at least 1s".to_owned());
@@ -250,11 +302,25 @@ impl Settings {
         }
         for (i, service) in self.services.iter().enumerate() {
             found.extend(service.mistakes(&self.destinations));
+            if !service.point.containers.is_empty() && self.inventory.docker_socket.as_os_str().is_empty() {
+                found.push(format!(
+                    "service `{}`: point: `containers` need `docker_socket` under [inventory]",
+                    service.name
+                ));
+            }
             if self.services[..i].iter().any(|other| other.name == service.name) {
                 found.push(format!("service `{}` is defined twice", service.name));
             }
         }
         found
+    }
+
+    /// The user that the daemon runs as: the owner of its folder. `None`: there is none yet, or others could
+    /// have made it.
+    pub fn daemon_user(&self) -> Option<u32> {
+        trust::check(&self.state_dir).ok()?;
+        let metadata = self.state_dir.join(DAEMON_FOLDER).symlink_metadata().ok()?;
+        metadata.is_dir().then(|| metadata.uid())
     }
 
     /// What a run needs of the settings and the identity.
@@ -263,10 +329,23 @@ impl Settings {
     /// When the host is not enrolled.
     pub fn host(&self) -> Result<Host, Failure> {
         trust::check(&self.state_dir).map_err(|e| Failure::of(ErrorClass::UnsafePermissions, &e))?;
-        let keeper = Keeper::of(&self.state_dir);
-        let not_enrolled = |error: &dyn std::error::Error| Failure::of(ErrorClass::SettingsInvalid, error);
-        Ok(Host {
+        let server = Server::read(&self.state_dir).map_err(|error| match &error {
+            IdentityError::Distrust(_) => Failure::of(ErrorClass::UnsafePermissions, &error),
+            _ => Failure::of(ErrorClass::SettingsInvalid, &error),
+        })?;
+        Ok(self.host_of(server.server_id, server.recovery_recipient))
+    }
+
+    /// The same without an identity, for who only looks.
+    pub fn host_to_look_at(&self) -> Host {
+        self.host_of(0, String::new())
+    }
+
+    fn host_of(&self, server_id: i64, recovery_recipient: String) -> Host {
+        Host {
             state_dir: self.state_dir.clone(),
+            settings_file: DEFAULT_PATH.into(),
+            guard: Start::Process { config: DEFAULT_PATH.into() },
             grants: self.grants.clone(),
             services: self.services.clone(),
             destinations: self.destinations.clone(),
@@ -274,9 +353,9 @@ impl Settings {
             freeze: self.freeze.clone(),
             repository: self.repository.clone(),
             run_time_max: self.limits.run_time_max,
-            server_id: keeper.load().map_err(|e| not_enrolled(&e))?.id.server_id,
-            recovery_recipient: keeper.recovery_recipient().map_err(|e| not_enrolled(&e))?,
-        })
+            server_id,
+            recovery_recipient,
+        }
     }
 }
 

@@ -5,11 +5,12 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, OFlag, openat};
+use nix::sys::stat::Mode;
 
 /// An operation on a file that failed.
 #[derive(Debug, thiserror::Error)]
@@ -114,14 +115,44 @@ pub fn private_folder(path: &Path) -> Result<(), FileError> {
 /// # Errors
 /// When it cannot be read, or is longer.
 pub fn read(path: &Path, bytes_max: u64) -> Result<Vec<u8>, FileError> {
+    read_at_most(File::open(path).map_err(failed("open", path))?, path, bytes_max)
+}
+
+fn read_at_most(file: File, path: &Path, bytes_max: u64) -> Result<Vec<u8>, FileError> {
     let mut bytes = Vec::new();
-    let file = File::open(path).map_err(failed("open", path))?;
     file.take(bytes_max + 1).read_to_end(&mut bytes).map_err(failed("read", path))?;
     if bytes.len() as u64 > bytes_max {
         let source = io::Error::new(io::ErrorKind::FileTooLarge, format!("it is longer than {bytes_max} bytes"));
         return Err(failed("read", path)(source));
     }
     Ok(bytes)
+}
+
+/// Reads a file of at most `bytes_max` bytes that lies in folders which somebody else may write: below
+/// `base`, which is believed, no symlink is followed, and only a regular file is read. What it holds is a
+/// stranger's.
+///
+/// # Errors
+/// When it cannot be read, is no regular file, lies behind a symlink, or is longer.
+pub fn read_of_stranger(base: &Path, below: &Path, bytes_max: u64) -> Result<Vec<u8>, FileError> {
+    let path = base.join(below);
+    let folder_only = OFlag::O_DIRECTORY | OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    let steps: Vec<_> = below.iter().collect();
+    let opened = (|| -> io::Result<File> {
+        let (name, folders) = steps.split_last().ok_or(io::ErrorKind::InvalidInput)?;
+        let mut folder: OwnedFd = nix::fcntl::open(base, folder_only, Mode::empty())?;
+        for step in folders {
+            folder = openat(&folder, *step, folder_only | OFlag::O_NOFOLLOW, Mode::empty())?;
+        }
+        // O_NONBLOCK: a FIFO must not hold up who opens it.
+        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+        let file = File::from(openat(&folder, *name, flags, Mode::empty())?);
+        match file.metadata()?.is_file() {
+            true => Ok(file),
+            false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file")),
+        }
+    })();
+    read_at_most(opened.map_err(failed("open", &path))?, &path, bytes_max)
 }
 
 /// Removes a file or a folder with all in it; one that is not there is fine.
@@ -149,6 +180,9 @@ pub type Lock = Flock<File>;
 /// When the file cannot be opened or the filesystem has no locks.
 pub fn try_lock(path: &Path) -> Result<Option<Lock>, FileError> {
     let opened = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path);
+    // A disk that has become read-only must not keep anybody from being alone.
+    let read_only = |error: &io::Error| error.kind() == io::ErrorKind::ReadOnlyFilesystem;
+    let opened = opened.or_else(|error| if read_only(&error) { File::open(path) } else { Err(error) });
     let file = opened.map_err(failed("open", path))?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(Some(lock)),
@@ -211,6 +245,32 @@ mod tests {
         write(&path, b"12345", 0o600).unwrap();
         assert!(read(&path, 4).is_err());
         assert_eq!(read(&path, 5).unwrap(), b"12345");
+    }
+
+    #[test]
+    fn strangers_file_is_read_only_where_it_seems_to_lie() {
+        let base = tempfile::tempdir().unwrap();
+        let at = |name: &str| base.path().join(name);
+        let read = |below: &str| read_of_stranger(base.path(), Path::new(below), 10);
+        fs::create_dir_all(at("theirs/policies")).unwrap();
+        write(&at("secret"), b"root's", 0o600).unwrap();
+        write(&at("theirs/policies/a"), b"policy", 0o600).unwrap();
+        assert_eq!(read("theirs/policies/a").unwrap(), b"policy");
+        assert!(read("theirs/policies/none").unwrap_err().is_missing());
+        // A link as the file, a link as a folder, a FIFO that nobody writes to, a folder, a long file.
+        std::os::unix::fs::symlink(at("secret"), at("theirs/policies/link")).unwrap();
+        std::os::unix::fs::symlink(base.path(), at("theirs/around")).unwrap();
+        nix::unistd::mkfifo(&at("theirs/policies/fifo"), Mode::S_IRWXU).unwrap();
+        write(&at("theirs/policies/long"), b"12345678901", 0o600).unwrap();
+        for below in [
+            "theirs/policies/link",
+            "theirs/around/secret",
+            "theirs/policies/fifo",
+            "theirs/policies",
+            "theirs/policies/long",
+        ] {
+            assert!(read(below).is_err(), "{below} was read");
+        }
     }
 
     #[test]

@@ -7,9 +7,12 @@
 pub mod backoff;
 pub mod clock;
 pub mod command;
+pub mod failpoint;
 pub mod files;
+pub mod fsfreeze;
 pub mod lines;
 pub mod mounts;
+pub mod notify;
 pub mod process;
 pub mod trust;
 

@@ -8,6 +8,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 
@@ -39,6 +40,33 @@ impl RunAs {
         let groups = nix::unistd::getgrouplist(&c_name, user.gid)?;
         Ok(Self { uid: user.uid.as_raw(), gid: user.gid.as_raw(), groups: groups.iter().map(|g| g.as_raw()).collect() })
     }
+}
+
+/// Does something as the user that owns a folder, if this process is root and the folder is another
+/// user's: what root wrote there by itself could be led elsewhere by a symlink of theirs.
+///
+/// # Errors
+/// When the folder cannot be looked at or the user not be taken on; then nothing was done.
+pub fn as_owner_of<T>(folder: &Path, work: impl FnOnce() -> T) -> std::io::Result<T> {
+    struct Back;
+    impl Drop for Back {
+        fn drop(&mut self) {
+            let back = nix::unistd::seteuid(Uid::from_raw(0)).and_then(|()| nix::unistd::setegid(Gid::from_raw(0)));
+            if back.is_err() {
+                // Never seen: the saved user id is root's. To go on as somebody else would be worse.
+                std::process::abort();
+            }
+        }
+    }
+    let metadata = folder.symlink_metadata()?;
+    let (uid, gid) = (metadata.uid(), metadata.gid());
+    if uid == 0 || !nix::unistd::geteuid().is_root() {
+        return Ok(work());
+    }
+    let _back = Back;
+    nix::unistd::setegid(Gid::from_raw(gid))?;
+    nix::unistd::seteuid(Uid::from_raw(uid))?;
+    Ok(work())
 }
 
 /// Makes the child die with the thread that started it: no orphan goes on after its parent was killed.

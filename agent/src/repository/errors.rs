@@ -1,6 +1,6 @@
 //! What can go wrong with a repository, each with its stable class.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use hestner_proto::words::ErrorClass;
 
@@ -86,6 +86,9 @@ pub enum RepositoryError {
     /// A file could not be read or written.
     #[error(transparent)]
     File(#[from] FileError),
+    /// One of the host's own files about it could not: its password, its id.
+    #[error(transparent)]
+    OwnFile(FileError),
 }
 
 fn entries(count: u64) -> String {
@@ -93,6 +96,14 @@ fn entries(count: u64) -> String {
 }
 
 impl RepositoryError {
+    /// Tells files below the host's own folder from those of the destination: room is to be made elsewhere.
+    pub(super) fn own_below(self, folder: &Path) -> Self {
+        match self {
+            Self::File(error) if error.path.starts_with(folder) => Self::OwnFile(error),
+            other => other,
+        }
+    }
+
     /// The stable class.
     pub fn class(&self) -> ErrorClass {
         match self {
@@ -102,6 +113,8 @@ impl RepositoryError {
             Self::NoPassword(_) | Self::WrongKey(_) => ErrorClass::RepositoryWrongKey,
             Self::Full(_) => ErrorClass::DestinationFull,
             Self::File(error) if error.is_full() => ErrorClass::DestinationFull,
+            Self::OwnFile(error) if error.is_full() => ErrorClass::StateFull,
+            Self::OwnFile(_) => ErrorClass::StateUnusable,
             Self::Unreadable(_) | Self::RemovalOwed { .. } => ErrorClass::SourceUnreadable,
             Self::Killed { .. } => ErrorClass::ArchiverKilled,
             Self::Cancelled => ErrorClass::Cancelled,

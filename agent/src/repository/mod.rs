@@ -242,6 +242,10 @@ impl Repository {
     /// When the destination's folder is missing or cannot be written, or when a repository that was here
     /// before is gone: an unmounted disk must not make us start a new one in its place.
     pub async fn open_or_make(&self, recovery_recipient: &str) -> Result<RepositoryKey, RepositoryError> {
+        self.opened_or_made(recovery_recipient).await.map_err(|error| error.own_below(&self.location.keys))
+    }
+
+    async fn opened_or_made(&self, recovery_recipient: &str) -> Result<RepositoryKey, RepositoryError> {
         let Location { folder, .. } = &self.location;
         if !folder.is_dir() {
             return Err(RepositoryError::NoFolder(folder.clone()));

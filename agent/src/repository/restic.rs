@@ -6,6 +6,7 @@
 //! empty object; names that are not UTF-8 come with U+FFFD in them; units have no HOME, so the cache
 //! folder is always named.
 
+use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -19,6 +20,7 @@ use super::UNREADABLE_NAMES_MAX;
 use super::errors::{EntryErrors, RepositoryError};
 use super::{Input, Job, Location, Progress, Snapshot};
 use crate::platform::command::{End, Limits, Output, Program, Streams, printable};
+use crate::platform::files;
 
 /// Exit code of a backup that committed although entries could not be read.
 const EXIT_PARTIAL: i32 = 3;
@@ -26,6 +28,8 @@ const EXIT_PARTIAL: i32 = 3;
 const LOOK: Limits = Limits { timeout: Duration::from_secs(300), output_bytes_max: 64 * 1024 * 1024 };
 /// How long a command that moves data may take; the run's own limit is shorter.
 const WORK: Limits = Limits { timeout: Duration::from_secs(48 * 3600), output_bytes_max: 1024 * 1024 };
+/// Below so much room restic gets no cache.
+const CACHE_FREE_BYTES_MIN: u64 = 4 * 1024 * 1024;
 /// Lines of complaints that are kept for a message.
 const COMPLAINTS_KEPT: usize = 20;
 /// Longest line of restic's that is looked at; a status line names the files in work.
@@ -99,6 +103,16 @@ enum Line {
     Unknown,
 }
 
+/// Where restic keeps its cache, if there is room: with none it tries again and again for a quarter of an hour
+/// to write there, while all it was asked for is to remove something.
+fn cache(folder: &Path) -> Vec<OsString> {
+    let room = folder.ancestors().find_map(|above| files::free_bytes(above).ok());
+    match room {
+        Some(free) if free < CACHE_FREE_BYTES_MIN => vec!["--no-cache".into()],
+        _ => vec!["--cache-dir".into(), folder.into()],
+    }
+}
+
 impl Restic {
     pub(super) fn new(location: &Location) -> Self {
         let program = Program::new(&location.restic)
@@ -106,8 +120,7 @@ impl Restic {
             .arg(location.path())
             .arg("--password-file")
             .arg(location.password_file())
-            .arg("--cache-dir")
-            .arg(&location.cache)
+            .args(cache(&location.cache))
             .env("RESTIC_PROGRESS_FPS", "2");
         // The kernel shows 15 bytes of a program's name.
         let name =

@@ -7,23 +7,28 @@ use std::time::Duration;
 
 use hestner_proto::words::{ErrorClass, Phase};
 use tokio::sync::mpsc;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::archive::{Producer, Said, Worker};
 use super::hook;
 use super::ledger::{HookNote, RunFolder};
 use super::log::{Tail, mask};
-use super::machine::{self, Action, Machine};
+use super::machine::{self, Action, Machine, Span};
 use super::messages::{Event, Failure, Finished, Work, WorkerEvent};
-use super::plan::{Host, Plan};
+use super::plan::{Host, Plan, point_failure};
+use super::thaw;
 use crate::escrow::RepositoryKey;
-use crate::freeze::{self, Point, PointError, PointPlan};
+use crate::freeze::{self, Arming, Frozen, Point, PointError};
+use crate::platform::chain;
 use crate::platform::clock::SharedClock;
+use crate::platform::failpoint;
 use crate::platform::files::Lock;
 use crate::policy::HookSettings;
 use crate::report::RunRecord;
 use crate::repository::{Input, Job, Progress, Stored};
+
+/// How often to look whether the point that is being read still is one.
+const POINT_CHECK_PAUSE: Duration = Duration::from_secs(5);
 
 /// A run at work.
 pub(super) struct Driver<'a> {
@@ -36,13 +41,20 @@ pub(super) struct Driver<'a> {
     pub(super) record: RunRecord,
     tail: Tail,
     failure: Option<Failure>,
+    /// Failures that are not in the log yet.
+    unlogged: Vec<Failure>,
+    frozen: Option<Frozen>,
+    /// Held while hooks are released, so that `hestner-agent thaw` is not at it at the same time.
+    releasing: Option<Lock>,
     point: Option<Point>,
     stored: Option<Stored>,
     key: Option<RepositoryKey>,
-    last_prepared: Option<Instant>,
     archived_anything: bool,
     /// False: recovery has something left to do.
     settled: bool,
+    /// Whether something may still be held or frozen: a container that Docker did not let go, a freeze that is
+    /// stuck.
+    may_still_hold: bool,
 }
 
 /// What became of a command of a hook.
@@ -86,19 +98,24 @@ impl<'a> Driver<'a> {
             record,
             tail: Tail::default(),
             failure: None,
+            unlogged: Vec::new(),
+            frozen: None,
+            releasing: None,
             point: None,
             stored: None,
             key: None,
-            last_prepared: None,
             archived_anything: false,
             settled: true,
+            may_still_hold: false,
         }
     }
 
     /// Runs to the end. `cancelled` gives the reason to stop, if there is one.
     pub(super) async fn run(mut self, cancelled: impl Future<Output = Failure>) -> Left {
-        let mut machine = Machine::new(self.plan.service.hooks.len());
+        let span = if self.plan.point.spans_archive() { Span::Archive } else { Span::Point };
+        let mut machine = Machine::new(self.plan.service.hooks.len(), span);
         let mut event = machine::Event::Begin;
+        failpoint::at("planned");
         let mut reason = None;
         tokio::pin!(cancelled);
         loop {
@@ -120,7 +137,9 @@ impl<'a> Driver<'a> {
                 tokio::select! {
                     event = &mut performing => break event,
                     why = &mut cancelled, if reason.is_none() => {
-                        reason = Some(why);
+                        // What failed before is why the run fails; what the cancelled action stumbles over from
+                        // here on is only a consequence.
+                        reason = Some((why, machine.has_failed()));
                         if machine.take(machine::Event::Cancelled) == Ok(Action::Stop) {
                             stop.cancel();
                         }
@@ -128,8 +147,9 @@ impl<'a> Driver<'a> {
                 }
             };
         }
-        if let Some(reason) = reason {
-            // What the cancelled action then stumbled over is only a consequence.
+        if let Some((reason, had_failed)) = reason
+            && !had_failed
+        {
             self.failure = Some(reason);
         }
         if self.failure.is_some() && self.stored.take().is_some() {
@@ -142,6 +162,7 @@ impl<'a> Driver<'a> {
     fn leave(mut self) -> Left {
         let now = self.clock.now_ms();
         self.record.log_tail = self.tail.text();
+        self.record.warnings.extend(self.folder.remarks());
         match (self.failure.take(), self.stored.take()) {
             (None, Some(stored)) => {
                 self.record.checksum.clone_from(&stored.snapshot_id);
@@ -165,8 +186,18 @@ impl<'a> Driver<'a> {
     fn fail(&mut self, mut failure: Failure) {
         // Output of strangers gets into messages, and messages get to the log and to the centre.
         failure.message = mask(&failure.message);
-        tracing::warn!(event = "run_step_failed", error_class = %failure.class, error = failure.message);
+        // A log may lie on what is frozen: whoever writes there waits for a thaw that he has to order himself.
+        if self.frozen.is_none() {
+            log_failure(&failure);
+        } else {
+            self.unlogged.push(failure.clone());
+        }
         self.failure.get_or_insert(failure);
+    }
+
+    /// The window is over: what happened in it can be told.
+    fn log_what_waited(&mut self) {
+        self.unlogged.drain(..).for_each(|failure| log_failure(&failure));
     }
 
     async fn enter(&mut self, phase: Phase) {
@@ -179,7 +210,7 @@ impl<'a> Driver<'a> {
         use machine::Event as E;
         match action {
             Action::Prepare(i) => self.prepare(i, stop).await,
-            Action::TakePoint => self.take_point().await,
+            Action::TakePoint => self.take_point(stop).await,
             Action::Release(i) => self.release(i, &self.plan.service.hooks[i].post_thaw, "post_thaw").await,
             Action::Recover(i) => {
                 let hook = &self.plan.service.hooks[i];
@@ -189,6 +220,7 @@ impl<'a> Driver<'a> {
                 };
                 self.release(i, argv, name).await
             }
+            Action::Thaw => self.thaw().await,
             Action::Archive => self.archive(stop).await,
             Action::RemovePoint => {
                 self.settled &= self.remove_what_was_made(failed).await;
@@ -211,17 +243,24 @@ impl<'a> Driver<'a> {
             self.fail(failure);
             return machine::Event::HookNotBegun;
         }
-        let called = self.call(hook, &hook.pre_freeze, "pre_freeze", stop).await;
-        self.last_prepared = Some(Instant::now());
-        called.event()
+        self.call(hook, &hook.pre_freeze, "pre_freeze", stop).await.event()
     }
 
     async fn release(&mut self, i: usize, argv: &[String], name: &str) -> machine::Event {
         self.enter(Phase::PostThaw).await;
-        // A claim that cannot be written must not keep a service from being released.
+        if self.releasing.is_none() {
+            // Its error is no reason not to release; the claims still keep two from the same hook.
+            self.releasing = thaw::lock_thawing(self.folder).await.unwrap_or_default();
+        }
         match self.folder.claim_release(i) {
             Ok(true) => {}
-            Ok(false) => return machine::Event::HookSucceeded,
+            // `hestner-agent thaw` was faster, because the guard had struck; or it died inside the hook.
+            Ok(false) if self.releasing.is_some() && self.folder.owes_release(i) => {}
+            Ok(false) => {
+                self.settled &= !self.folder.owes_release(i);
+                return machine::Event::HookSucceeded;
+            }
+            // A claim that cannot be written must not keep a service from being released.
             Err(error) => tracing::warn!(event = "release_not_claimed", error = %error),
         }
         let called = self.call(&self.plan.service.hooks[i], argv, name, &CancellationToken::new()).await;
@@ -254,28 +293,100 @@ impl<'a> Driver<'a> {
         called
     }
 
-    async fn take_point(&mut self) -> machine::Event {
-        let begun = self.last_prepared.unwrap_or_else(Instant::now);
+    /// From here to [`Self::thaw`] this process touches no file and writes no log: both may lie on what is
+    /// frozen, and whoever waits for a frozen filesystem cannot order its thaw.
+    async fn take_point(&mut self, stop: &CancellationToken) -> machine::Event {
         self.enter(Phase::Frozen).await;
-        let taken = freeze::freeze().take(&self.plan.point, &self.host.freeze).await;
-        self.record.freeze_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-        match taken {
-            Ok(point) => {
-                self.point = Some(point);
-                self.record.consistency_achieved = self.plan.consistency;
-                machine::Event::PointTaken
+        if let Err(error) = self.folder.mark_held() {
+            self.fail(super::runner::state_failure(&error));
+            return machine::Event::PointFailed;
+        }
+        let arming = Arming {
+            run_uid: &self.record.run_uid,
+            folder: self.folder.path(),
+            alive: &**self.alive,
+            start: &self.host.guard,
+            stop,
+        };
+        let taken = match freeze::freeze(&self.plan.point, arming).await {
+            Ok(frozen) => {
+                failpoint::at("frozen");
+                self.frozen.insert(frozen).take(&self.host.freeze, stop).await
             }
+            Err(error) => Err(error),
+        };
+        failpoint::at("taken");
+        match taken {
+            Ok(()) => machine::Event::PointTaken,
             Err(error) => {
-                // A command that was killed may still have its way inside the kernel, after we have looked.
-                self.settled &= !matches!(error, PointError::Command(_));
-                self.fail(Failure::of(ErrorClass::PointFailed, &error));
+                self.note_doubt(&error);
+                self.fail(point_failure(&error));
                 machine::Event::PointFailed
             }
         }
     }
 
+    async fn thaw(&mut self) -> machine::Event {
+        // Without it nothing was held, or everything was let go at once as far as could be done.
+        let Some(frozen) = self.frozen.take() else { return self.resume(machine::Event::Thawed).await };
+        let thawed = frozen.thaw().await;
+        failpoint::at("thawing");
+        self.log_what_waited();
+        self.enter(Phase::PostThaw).await;
+        match thawed {
+            Ok(point) => {
+                self.record.freeze_ms =
+                    point.frozen().map_or(0, |frozen| u64::try_from(frozen.as_millis()).unwrap_or(u64::MAX));
+                self.record.consistency_achieved = point.consistency();
+                self.record.warnings.extend(point.remarks());
+                self.point = Some(point);
+                self.let_go(machine::Event::Thawed)
+            }
+            Err(error) => {
+                self.note_doubt(&error);
+                self.fail_thaw(point_failure(&error));
+                self.resume(machine::Event::ThawFailed).await
+            }
+        }
+    }
+
+    /// What a failed step of the point leaves to recovery: something that may still be made, or be frozen.
+    fn note_doubt(&mut self, error: &PointError) {
+        self.settled &= !error.leaves_doubt();
+        self.may_still_hold |= error.is_stuck();
+    }
+
+    /// Once more, by the notes: a container may have stayed held where letting go broke off.
+    async fn resume(&mut self, event: machine::Event) -> machine::Event {
+        if let Err(error) = freeze::resume_held(self.folder.path(), &self.plan.point.intent()).await {
+            self.may_still_hold = true;
+            self.record.warnings.push(format!("{}; `hestner-agent thaw` tries it again", chain(&error)));
+        }
+        self.let_go(event)
+    }
+
+    fn let_go(&mut self, event: machine::Event) -> machine::Event {
+        self.settled &= !self.may_still_hold && self.folder.mark_let_go().is_ok();
+        event
+    }
+
+    /// The guard's word explains what happened before it: a command that was killed at the deadline failed
+    /// because of the deadline.
+    fn fail_thaw(&mut self, failure: Failure) {
+        let guards = |failure: &Failure| {
+            use ErrorClass as C;
+            matches!(failure.class, C::FreezeTimeout | C::FreezeStuck | C::FreezeBusy | C::GuardLost)
+        };
+        if guards(&failure) && self.failure.as_ref().is_some_and(|earlier| !guards(earlier)) {
+            self.failure = None;
+        }
+        self.fail(failure);
+    }
+
     async fn archive(&mut self, stop: &CancellationToken) -> machine::Event {
         self.enter(Phase::Archive).await;
+        self.releasing = None;
+        failpoint::at("archiving");
         self.archived_anything = true;
         match self.store(stop).await {
             Ok((stored, repository_bytes)) => {
@@ -307,14 +418,18 @@ impl<'a> Driver<'a> {
             service: self.record.service.clone(),
             input: plan.input.clone(),
         };
-        let binds = match &plan.point {
-            PointPlan::Live => Vec::new(),
-            PointPlan::Btrfs { binds, .. } => binds.clone(),
-        };
+        let binds = plan.point.binds().to_vec();
         let keep = self.host.own_folders();
         let work = Work::Store { job, binds, keep, recovery_recipient: self.host.recovery_recipient.clone() };
+        if let Some(point) = &self.point {
+            // Here, and not with the thaw: a mount or a command takes its time, and no hook waits for it.
+            point.open(&self.host.freeze, stop).await.map_err(|e| point_failure(&e))?;
+        }
         let worker = Worker::start(plan.location.clone(), work, self.alive, producer.as_ref()).await?;
         let (says, key, record) = (&self.says, &mut self.key, &mut self.record);
+        // What is held for the archive ends with its window, and the archive with it.
+        let stop = &stop.child_token();
+        let frozen = self.frozen.as_mut();
         let last = worker.finish(stop, producer, |said| match said {
             Said::Opened(opened) => {
                 record.repository_id.clone_from(&opened.repository_id);
@@ -326,6 +441,17 @@ impl<'a> Driver<'a> {
                 let _ = says.try_send(Event::Progress { phase, progress });
             }
         });
+        let last = async {
+            tokio::pin!(last);
+            tokio::select! {
+                last = &mut last => last,
+                failure = no_point_any_more(frozen, self.point.as_ref(), &self.host.freeze) => {
+                    stop.cancel();
+                    let _ = last.await;
+                    Err(failure)
+                }
+            }
+        };
         let WorkerEvent::Stored { stored, repository_bytes } = last.await? else {
             return Err(Failure::new(
                 ErrorClass::WorkerKilled,
@@ -333,32 +459,62 @@ impl<'a> Driver<'a> {
             ));
         };
         // A snapshot is what it was; only a live tree can be replaced while it is read.
-        if let (Some(paths), PointPlan::Live) = (&plan.paths, &plan.point) {
+        if let (Some(paths), true) = (&plan.paths, plan.point.is_live()) {
             paths.look_again().map_err(|e| Failure::of(ErrorClass::SourceMissing, &e))?;
+        }
+        if let Some(point) = &self.point {
+            point.check(&self.host.freeze).await.map_err(|e| point_failure(&e))?;
         }
         Ok((stored, repository_bytes))
     }
 
     /// Removes the point, and whatever a failed run may have left in the repository. False: recovery has to.
     async fn remove_what_was_made(&mut self, failed: bool) -> bool {
-        let mut clean = match &self.plan.point {
-            PointPlan::Live => true,
-            PointPlan::Btrfs { snapshots, .. } => {
-                let removed = match self.point.take() {
-                    Some(point) => point.remove(&self.host.freeze).await,
-                    None => freeze::remove_snapshots(snapshots, &self.host.freeze).await,
-                };
-                if let Err(error) = &removed {
-                    self.record.warnings.push(format!("{error}; it is tried again at the next start"));
-                }
-                removed.is_ok()
-            }
+        self.releasing = None;
+        let removed = match self.point.take() {
+            Some(point) => point.remove(&self.host.freeze).await,
+            // A point that failed half-way may have left something.
+            None => freeze::remove_made(&self.plan.point.intent(), &self.host.freeze).await,
         };
+        if let Err(error) = &removed {
+            self.record.warnings.push(format!("{}; it is tried again at the next start", chain(error)));
+        }
+        let mut clean = removed.is_ok();
         if failed && self.archived_anything {
             clean &= super::settle::forget(&self.plan.location, &self.record.run_uid, self.alive).await;
         }
         clean
     }
+}
+
+/// Completes when what the archive reads is no point in time any more.
+async fn no_point_any_more(frozen: Option<&mut Frozen>, point: Option<&Point>, settings: &freeze::Settings) -> Failure {
+    let struck = async {
+        match frozen {
+            Some(frozen) => frozen.struck().await,
+            None => std::future::pending().await,
+        }
+    };
+    let spoilt = async {
+        let Some(point) = point else { return std::future::pending().await };
+        loop {
+            tokio::time::sleep(POINT_CHECK_PAUSE).await;
+            if let Err(error) = point.check(settings).await {
+                return error;
+            }
+        }
+    };
+    tokio::select! {
+        () = struck => Failure::new(
+            ErrorClass::FreezeTimeout,
+            "the service was held for as long as it may be, and was let go while it was being read",
+        ),
+        error = spoilt => point_failure(&error),
+    }
+}
+
+fn log_failure(failure: &Failure) {
+    tracing::warn!(event = "run_step_failed", error_class = %failure.class, error = failure.message);
 }
 
 /// Completes when the run has taken as long as it may.

@@ -1,9 +1,13 @@
 //! The runner's own notes of each run: what it is about to make, which hooks it began, how it ended.
 //!
 //! One folder a run, `STATE/runs/<run id>`: `plan.json` (written and synced before anything is done),
-//! `begun-<n>` and `released-<n>` (hook claims, made with `O_EXCL`), `release-ended-<n>`, `expired`, `result.json` (the end of the run; until it is there
-//! the run has not succeeded), `settled` (nothing is left to do). `alive` is locked for as long as any
-//! process of the run lives: the runner, its worker and the archiver inherit the open file.
+//! `begun-<n>` and `released-<n>` (hook claims, made with `O_EXCL`), `release-ended-<n>`, `held` (from here
+//! on containers may be held and filesystems frozen) and `let-go` (nothing is any more), `freeze.journal`
+//! (the guard's own), `result.json` (the end of the run; until it is there the run has not succeeded),
+//! `remarks.json` (what was done for the run without its runner), `expired` (retention removed the
+//! artifact), `settled` (nothing is left to do). Two locks: `alive` is held
+//! for as long as any process of the run lives (the runner, its hooks, its worker and the archiver inherit
+//! the open file), `thawing` by whoever releases what the run has left held.
 //!
 //! Recovery reads these notes and nothing else; names are never guessed.
 
@@ -13,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::hook::Spec;
 use super::messages::Finished;
-use crate::freeze::Snapshot;
+use crate::freeze::Intent;
 use crate::platform::files::{self, FileError, Lock};
 use crate::policy::HookSettings;
 use crate::repository::Location;
@@ -22,6 +26,9 @@ use crate::repository::Location;
 const NOTE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 /// Folders of runs that are settled and hold no artifact any more are kept up to this number.
 const FOLDERS_KEPT: usize = 500;
+
+/// Sentences that are kept of what was done for a run without its runner.
+const REMARKS_MAX: usize = 50;
 
 /// What the folder of a run is called until it is locked.
 const UNBORN: &str = ".new-";
@@ -33,8 +40,9 @@ pub struct Note {
     pub service: String,
     /// The repository that may get a snapshot.
     pub location: Location,
-    /// Snapshots that will be made.
-    pub snapshots: Vec<Snapshot>,
+    /// What will be held, frozen and made for the point. Missing in notes that are older than this field.
+    #[serde(default)]
+    pub intent: Intent,
     /// Hooks, in order.
     pub hooks: Vec<HookNote>,
 }
@@ -116,6 +124,8 @@ impl Ledger {
         files::remove(&unborn.0)?;
         files::private_folder(&unborn.0)?;
         let lock = unborn.lock_alive()?;
+        // Made while there is room: on a full disk it could not be, and nobody would dare to release.
+        drop(unborn.lock_thawing()?);
         files::rename(&unborn.0, &folder.0)?;
         Ok(lock.map(|lock| (folder, lock)))
     }
@@ -179,6 +189,14 @@ impl RunFolder {
         files::try_lock(&self.0.join("alive"))
     }
 
+    /// Takes the lock of whoever releases what the run left held. `None`: somebody does.
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub fn lock_thawing(&self) -> Result<Option<Lock>, FileError> {
+        files::try_lock(&self.0.join("thawing"))
+    }
+
     /// Whether a process of the run lives.
     pub fn is_alive(&self) -> bool {
         self.0.exists() && !matches!(self.lock_alive(), Ok(Some(_)))
@@ -198,6 +216,56 @@ impl RunFolder {
     /// When the note is there and cannot be read.
     pub fn note(&self) -> Result<Option<Note>, FileError> {
         self.read("plan.json")
+    }
+
+    /// The folder itself; the guard keeps its record of what it froze in it.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Adds to what is told of the run when it is settled: what was done for it without its runner.
+    ///
+    /// # Errors
+    /// When the disk has no room.
+    pub fn add_remarks(&self, remarks: &[String]) -> Result<(), FileError> {
+        let mut all = self.remarks();
+        let known = all.len();
+        for remark in remarks {
+            // What fails at every start is told once.
+            if all.len() < REMARKS_MAX && !all.contains(remark) {
+                all.push(remark.clone());
+            }
+        }
+        if all.len() == known {
+            return Ok(());
+        }
+        files::write(&self.0.join("remarks.json"), &serde_json::to_vec(&all).unwrap_or_default(), 0o600)
+    }
+
+    /// What was done for the run without its runner, as sentences. One that cannot be read tells nothing.
+    pub fn remarks(&self) -> Vec<String> {
+        self.read("remarks.json").ok().flatten().unwrap_or_default()
+    }
+
+    /// Writes down that containers may be held and filesystems frozen from here on. False: it says so.
+    ///
+    /// # Errors
+    /// When the disk has no room; then nothing may be held.
+    pub fn mark_held(&self) -> Result<bool, FileError> {
+        files::create_new(&self.0.join("held"), b"")
+    }
+
+    /// Writes down that nothing is held or frozen any more.
+    ///
+    /// # Errors
+    /// When the disk has no room; whoever settles then looks once more.
+    pub fn mark_let_go(&self) -> Result<bool, FileError> {
+        files::create_new(&self.0.join("let-go"), b"")
+    }
+
+    /// Whether something may be held or frozen.
+    pub fn may_hold(&self) -> bool {
+        self.0.join("held").exists() && !self.0.join("let-go").exists()
     }
 
     /// Claims the beginning of a hook. False: it was claimed before.
@@ -232,6 +300,12 @@ impl RunFolder {
     /// Whether a release is owed: it was never claimed, or whoever claimed it died before its end.
     pub fn owes_release(&self, hook: usize) -> bool {
         self.was_begun(hook) && !self.0.join(format!("release-ended-{hook}")).exists()
+    }
+
+    /// Whether the run is between its first `pre_freeze` and its last release: something is or may be held.
+    pub fn holds(&self) -> bool {
+        let begun = |i: &usize| self.was_begun(*i);
+        self.may_hold() || (0..).take_while(begun).any(|i| self.owes_release(i))
     }
 
     /// Writes the run's end. From here on it counts.
@@ -323,6 +397,34 @@ mod tests {
         assert_eq!(ledger.unsettled().unwrap(), ["a"]);
         run.settle().unwrap();
         assert!(ledger.unsettled().unwrap().is_empty());
+    }
+
+    #[test]
+    fn run_is_released_by_one_at_a_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let (run, _alive) = Ledger::of(folder.path()).begin("a").unwrap().unwrap();
+        let held = run.lock_thawing().unwrap();
+        assert!(held.is_some() && run.lock_thawing().unwrap().is_none());
+        drop(held);
+        assert!(run.lock_thawing().unwrap().is_some());
+    }
+
+    #[test]
+    fn run_holds_its_service_from_the_first_hook_to_the_last_release_and_while_it_is_frozen() {
+        let folder = tempfile::tempdir().unwrap();
+        let (run, _alive) = Ledger::of(folder.path()).begin("a").unwrap().unwrap();
+        assert!(!run.holds());
+        run.claim_begin(0).unwrap();
+        run.claim_begin(1).unwrap();
+        run.mark_held().unwrap();
+        run.claim_release(1).unwrap();
+        run.release_ended(1).unwrap();
+        run.claim_release(0).unwrap();
+        assert!(run.holds(), "a release goes on, and something is frozen");
+        run.release_ended(0).unwrap();
+        assert!(run.holds(), "something is frozen");
+        run.mark_let_go().unwrap();
+        assert!(!run.holds());
     }
 
     #[test]

@@ -17,6 +17,7 @@ use crate::platform::lines;
 pub use crate::platform::lines::send;
 use crate::report::RunRecord;
 use crate::repository::{Job, Location, Progress, Stored};
+use crate::status::Description;
 
 /// Longest line. A finished run with its log tail stays below a tenth of it.
 pub const LINE_BYTES_MAX: u64 = 1024 * 1024;
@@ -39,8 +40,13 @@ pub enum Request {
         /// The service.
         service: String,
     },
-    /// Bring to an end what earlier runs left open.
-    Settle,
+    /// Bring to an end what earlier runs left open, then tell of each of these how it ended.
+    Settle {
+        /// Runs of which the daemon knows no end.
+        run_uids: Vec<String>,
+    },
+    /// What the daemon may know of this host and cannot see by itself.
+    Describe,
 }
 
 /// What a runner says.
@@ -54,12 +60,19 @@ pub enum Event {
         /// How far.
         progress: Progress,
     },
-    /// The run's end: the same as its file `result.json`.
+    /// A run's end: the same as its file `result.json`.
     Finished(Box<Finished>),
+    /// A process of the run still lives: it has no end yet.
+    Alive {
+        /// The run.
+        run_uid: String,
+    },
     /// The plan, as lines for people.
     Planned(Vec<String>),
-    /// Everything is settled.
+    /// Everything is settled that can be. Runs that were asked for and not named have left no notes.
     Settled,
+    /// What the daemon may know.
+    Described(Box<Description>),
 }
 
 /// A run's end.

@@ -9,8 +9,9 @@ use hestner_proto::words::{Consistency, ErrorClass, GrantValue, Verb};
 
 use super::ledger::{HookNote, Note};
 use super::messages::Failure;
-use crate::freeze::{self, PointError, PointPlan};
-use crate::gate::{self, Refusal};
+use crate::freeze::{self, PointError, PointPlan, Protected};
+use crate::gate::{self, Needs, Refusal};
+use crate::guard::client::Start;
 use crate::platform::chain;
 use crate::platform::files;
 use crate::platform::mounts::Mounts;
@@ -34,6 +35,10 @@ const MOUNTS_NAMED_MAX: usize = 20;
 pub struct Host {
     /// The agent's state folder.
     pub state_dir: PathBuf,
+    /// The settings file that all of this stands in.
+    pub settings_file: PathBuf,
+    /// How a run gets its guard.
+    pub guard: Start,
     /// The grants file.
     pub grants: PathBuf,
     /// Services.
@@ -60,6 +65,61 @@ impl Host {
         let destinations = self.destinations.iter().map(|d| d.path.clone());
         destinations.chain([self.state_dir.clone()]).collect()
     }
+
+    /// The best consistency that a service can reach here, and why it is no better, as sentences. Looks, and
+    /// changes nothing; what it answers is what a run would plan now.
+    ///
+    /// # Errors
+    /// What would make the run fail before anything is begun.
+    pub async fn reach(&self, service: &ServiceSettings) -> Result<(Consistency, Vec<String>), Failure> {
+        check_programs(service, self)?;
+        let is_files = service.source.kind == SourceKind::Files;
+        if is_files {
+            let missing = |e: source::SourceError| Failure::of(ErrorClass::SourceMissing, &e);
+            Paths::look_at(&service.source.paths).map_err(missing)?;
+            refuse_symlinks(&service.source.paths)?;
+        }
+        let point = PointPlan::of(service, "reach", &self.freeze, &self.protected(service)).await;
+        let point = point.map_err(|e| point_failure(&e))?;
+        let mut reasons = point.reasons().to_vec();
+        if is_files {
+            mounts_below(&service.source, &point)?;
+            if point.is_live() {
+                // The one way that is left where a filesystem has no snapshots, if it is open at all.
+                let why = freeze::why_not_frozen(service, &self.freeze, &self.protected(service)).await;
+                reasons.extend(why.map_err(|e| point_failure(&e))?);
+            }
+        }
+        Ok((point.consistency(service.quiesces()), reasons))
+    }
+
+    /// The same, for a runner that was started with this settings file, and with the socket of the guard's
+    /// unit where there is one.
+    #[must_use]
+    pub fn started_with(self, settings_file: &Path, guard_socket: Option<PathBuf>) -> Self {
+        let config = settings_file.to_owned();
+        let guard = guard_socket.map_or_else(|| Start::Process { config: config.clone() }, Start::Socket);
+        Self { settings_file: config, guard, ..self }
+    }
+
+    /// What would hurt ourselves if its filesystem were frozen: whatever we write while it is, and whatever
+    /// we have to start to thaw it.
+    fn protected(&self, service: &ServiceSettings) -> Protected {
+        let own = Protected::default()
+            .and("the agent's state", &self.state_dir)
+            .and("the settings", &self.settings_file)
+            .and("the grants", &self.grants);
+        let cache = &self.repository.cache_dir;
+        let own = if cache.as_os_str().is_empty() { own } else { own.and("the archiver's cache", cache) };
+        let own = match std::env::current_exe() {
+            Ok(program) => own.and("the agent's own program", program),
+            // Replaced by an upgrade meanwhile: what runs lies where nobody has a name for it any more.
+            Err(_) => own,
+        };
+        let own =
+            self.destinations.iter().fold(own, |own, d| own.and(format!("the destination `{}`", d.name), &d.path));
+        programs(service, self).into_iter().fold(own, |own, program| own.and("a program of the run", program))
+    }
 }
 
 /// What a run will do.
@@ -79,6 +139,10 @@ pub struct Plan {
     pub paths: Option<Paths>,
     /// What will be reached.
     pub consistency: Consistency,
+    /// What it was asked for as.
+    pub verb: Verb,
+    /// What it still needs before it may begin.
+    pub needs: Needs,
     /// Whether retention may remove artifacts.
     pub may_prune: bool,
     /// Remarks that do not make the run fail.
@@ -124,7 +188,7 @@ impl Plan {
             let message = format!("the host's settings name no service `{service}`; they name: {}", names.join(", "));
             return Err(Failure::new(ErrorClass::UnknownService, message));
         };
-        gate::decide(&grants, service, verb)?;
+        let needs = gate::decide(&grants, service, verb)?;
         if verb != Verb::Snapshot {
             return Err(Failure::new(ErrorClass::UnknownVerb, format!("a run cannot do `{verb}`")));
         }
@@ -138,42 +202,35 @@ impl Plan {
         }
         check_programs(&settings, host)?;
         let location = location(host, &settings, policy.as_ref())?;
+        let paths = match settings.source.kind {
+            SourceKind::Files => Some(look_at(host, &settings.source)?),
+            SourceKind::Command => None,
+        };
+        let point = PointPlan::of(&settings, run_uid, &host.freeze, &host.protected(&settings)).await;
+        let point = point.map_err(|e| point_failure(&e))?;
         let mut plan = Self {
-            point: PointPlan::Live,
+            consistency: point.consistency(settings.quiesces()),
+            point,
             input: Input::Stream { file_name: settings.source.file_name.clone() },
-            paths: None,
-            consistency: Consistency::Application,
+            verb,
+            needs,
             may_prune: grants.get(service, Verb::Prune) == GrantValue::Allow,
             warnings: Vec::new(),
             service: settings,
             policy,
             location,
+            paths,
         };
         if plan.service.source.kind == SourceKind::Files {
-            plan.plan_files(host, run_uid).await?;
+            plan.plan_files(host)?;
         }
         plan.check_consistency()?;
         Ok(plan)
     }
 
-    async fn plan_files(&mut self, host: &Host, run_uid: &str) -> Result<(), Failure> {
+    fn plan_files(&mut self, host: &Host) -> Result<(), Failure> {
         let settings = &self.service.source;
-        let missing = |e: source::SourceError| Failure::of(ErrorClass::SourceMissing, &e);
-        self.paths = Some(Paths::look_at(&settings.paths).map_err(missing)?);
-        refuse_symlinks(&settings.paths)?;
-        refuse_links(settings, &own_folders(host, &settings.paths))?;
-        let point_failed = |e: PointError| Failure::of(ErrorClass::PointFailed, &e);
-        self.point =
-            PointPlan::of(&settings.paths, &settings.exclude, run_uid, &host.freeze).await.map_err(point_failed)?;
-        self.consistency = self.point.consistency(self.service.quiesces());
-        let below = mounts_below(settings)?;
-        if self.point != PointPlan::Live && !settings.one_file_system && !below.is_empty() {
-            let names = below.join(", ");
-            let message = format!(
-                "{names} is mounted below the source, and a snapshot does not cover it: list it under `paths` of another service, exclude it, or set `one_file_system`"
-            );
-            return Err(Failure::new(ErrorClass::PointFailed, message));
-        }
+        let below = mounts_below(settings, &self.point)?;
         if settings.one_file_system {
             self.warnings =
                 below.iter().map(|mount| format!("{mount} is another filesystem and is left out")).collect();
@@ -182,7 +239,7 @@ impl Plan {
             paths: settings.paths.clone(),
             exclude: settings.exclude.iter().cloned().chain(own_folders(host, &settings.paths)).collect(),
             one_file_system: settings.one_file_system,
-            live: self.point == PointPlan::Live,
+            live: self.point.is_live(),
         };
         Ok(())
     }
@@ -200,12 +257,9 @@ impl Plan {
 
     /// What recovery has to know.
     pub fn note(&self) -> Note {
-        let snapshots = match &self.point {
-            PointPlan::Live => Vec::new(),
-            PointPlan::Btrfs { snapshots, .. } => snapshots.clone(),
-        };
         let hooks = self.service.hooks.iter().map(HookNote::from).collect();
-        Note { service: self.service.name.clone(), location: self.location.clone(), snapshots, hooks }
+        let intent = self.point.intent();
+        Note { service: self.service.name.clone(), location: self.location.clone(), intent, hooks }
     }
 
     /// The rules of retention, if there are any.
@@ -219,18 +273,17 @@ impl Plan {
     pub fn lines(&self) -> Vec<String> {
         let hooks = &self.service.hooks;
         let mut lines = vec![format!("service {}, consistency {}", self.service.name, self.consistency)];
-        lines.extend(hooks.iter().map(|h| format!("pre_freeze of hook {}: {}", h.name, shown(&h.pre_freeze))));
-        match &self.point {
-            PointPlan::Live => lines.push("no point in time: the source is read as it lives".to_owned()),
-            PointPlan::Btrfs { snapshots, .. } => {
-                lines.extend(
-                    snapshots
-                        .iter()
-                        .map(|s| format!("btrfs snapshot of {} as {}", s.subvolume.display(), s.path.display())),
-                );
-            }
+        if self.needs == Needs::Confirmation {
+            lines.push("wait until a person confirms it with `hestner-agent confirm RUN`".to_owned());
         }
-        lines.extend(hooks.iter().rev().map(|h| format!("post_thaw of hook {}: {}", h.name, shown(&h.post_thaw))));
+        lines.extend(hooks.iter().map(|h| format!("pre_freeze of hook {}: {}", h.name, shown(&h.pre_freeze))));
+        let spans = self.point.spans_archive();
+        let mut releases: Vec<String> =
+            hooks.iter().rev().map(|h| format!("post_thaw of hook {}: {}", h.name, shown(&h.post_thaw))).collect();
+        lines.extend(self.point.lines());
+        if !spans {
+            lines.append(&mut releases);
+        }
         match &self.input {
             Input::Files { paths, exclude, .. } => {
                 let paths: Vec<_> = paths.iter().map(|p| p.display().to_string()).collect();
@@ -242,6 +295,8 @@ impl Plan {
             }
         }
         lines.push(format!("into the repository {}, then read back what was stored", self.location.path().display()));
+        lines.extend(self.point.lines_after_archive());
+        lines.append(&mut releases);
         if let Some(rules) = self.retention() {
             let verb = if self.may_prune { "remove" } else { "keep, because `prune` is not granted," };
             lines.push(format!(
@@ -252,6 +307,20 @@ impl Plan {
         lines.extend(self.warnings.iter().map(|w| format!("warning: {w}")));
         lines
     }
+}
+
+/// The failure of a point, with its stable class.
+pub(super) fn point_failure(error: &PointError) -> Failure {
+    Failure::of(error.class(), error)
+}
+
+/// Looks at the source's paths, and at what could not be stored of them as it is.
+fn look_at(host: &Host, settings: &SourceSettings) -> Result<Paths, Failure> {
+    let missing = |e: source::SourceError| Failure::of(ErrorClass::SourceMissing, &e);
+    let paths = Paths::look_at(&settings.paths).map_err(missing)?;
+    refuse_symlinks(&settings.paths)?;
+    refuse_links(settings, &own_folders(host, &settings.paths))?;
+    Ok(paths)
 }
 
 fn shown(argv: &[String]) -> String {
@@ -267,21 +336,20 @@ fn location(host: &Host, settings: &ServiceSettings, policy: Option<&Policy>) ->
     Ok(Location::new(destination, mode, host.server_id, &host.state_dir, &host.repository))
 }
 
-/// Every program that a run starts as this user must be one that nobody else can change; so must a script
-/// that an interpreter is given.
-fn check_programs(settings: &ServiceSettings, host: &Host) -> Result<(), Failure> {
+/// Every program that a run of a service starts as this user, and every script that an interpreter is given.
+pub fn programs(settings: &ServiceSettings, host: &Host) -> Vec<PathBuf> {
     let hooks = settings.hooks.iter().flat_map(|h| [&h.pre_freeze, &h.post_thaw, &h.freeze_failed]);
-    let commands = hooks.chain([&settings.source.argv]);
-    let programs = commands.flat_map(|argv| argv.first().into_iter().chain(script(argv))).map(Path::new);
-    for program in programs.chain([&*host.repository.restic]) {
-        trust::check(program)
+    let commands = hooks.chain([&settings.source.argv]).chain(settings.point.commands());
+    let named = commands.flat_map(|argv| argv.first().into_iter().chain(script(argv))).map(PathBuf::from);
+    let of_the_point = freeze::programs(settings, &host.freeze);
+    named.chain([host.repository.restic.clone()]).chain(of_the_point).collect()
+}
+
+/// Each of them must be one that nobody else can change.
+fn check_programs(settings: &ServiceSettings, host: &Host) -> Result<(), Failure> {
+    for program in programs(settings, host) {
+        trust::check(&program)
             .map_err(|error| unsafe_permissions(&format!("the program {}", program.display()), &error))?;
-    }
-    // btrfs is needed, and therefore looked at, only where it is there.
-    if host.freeze.btrfs.exists() {
-        let program = host.freeze.btrfs.display();
-        trust::check(&host.freeze.btrfs)
-            .map_err(|error| unsafe_permissions(&format!("the program {program}"), &error))?;
     }
     Ok(())
 }
@@ -317,12 +385,21 @@ fn own_folders(host: &Host, paths: &[PathBuf]) -> Vec<String> {
     inside.map(|folder| folder.display().to_string()).collect()
 }
 
-/// Mount points below the source that are not excluded by name.
-fn mounts_below(settings: &SourceSettings) -> Result<Vec<String>, Failure> {
+/// Mount points below the source that are not excluded by name; a point that would leave them out is refused.
+fn mounts_below(settings: &SourceSettings, point: &PointPlan) -> Result<Vec<String>, Failure> {
     let mounts = Mounts::read().map_err(|e| Failure::of(ErrorClass::PointFailed, &e))?;
     let below = settings.paths.iter().flat_map(|path| mounts.below(path)).map(|mount| &mount.point);
     let excluded = |point: &Path| settings.exclude.iter().any(|pattern| point.starts_with(pattern));
-    Ok(below.filter(|point| !excluded(point)).take(MOUNTS_NAMED_MAX).map(|point| point.display().to_string()).collect())
+    let below = below.filter(|point| !excluded(point)).take(MOUNTS_NAMED_MAX);
+    let below: Vec<String> = below.map(|point| point.display().to_string()).collect();
+    if point.is_live() || settings.one_file_system || below.is_empty() {
+        return Ok(below);
+    }
+    let names = below.join(", ");
+    let message = format!(
+        "{names} is mounted below the source, and a snapshot does not cover it: list it under `paths` of another service, exclude it, or set `one_file_system`"
+    );
+    Err(Failure::new(ErrorClass::PointFailed, message))
 }
 
 /// The archiver stores a symlink as a link, so that a source behind one would be green and empty.

@@ -1,11 +1,12 @@
 //! The runner process: one run, from the request to the result.
 //!
-//! It takes a run id, a service and a verb from whoever holds the other end of its socket (root or its own
-//! user, `SO_PEERCRED`), and reads settings, grants and policy itself. When the socket closes the run is
+//! It takes a run id, a service and a verb from whoever holds the other end of its socket (root, its own user
+//! or the daemon's, `SO_PEERCRED`), and reads settings, grants and policy itself. When the socket closes the run is
 //! cancelled: what was begun is released, and the run ends as `interrupted`.
 
 use std::collections::BTreeSet;
 use std::io;
+use std::time::Duration;
 
 use hestner_proto::words::{ErrorClass, RunKind, RunStatus};
 use nix::sys::socket::{getsockopt, sockopt};
@@ -17,43 +18,90 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::archive::Worker;
+use super::confirmation::Confirmations;
 use super::driver::{Driver, Left, time_is_over};
 use super::ledger::{Ledger, RunFolder};
 use super::messages::{Event, Failure, Finished, Request, Work, WorkerEvent, receive, send};
 use super::plan::{Host, Plan};
 use super::settle;
+use super::thaw;
+use crate::gate::Needs;
 use crate::platform::chain;
 use crate::platform::clock::SharedClock;
+use crate::platform::failpoint;
 use crate::platform::files::{self, FileError, Lock};
 use crate::platform::{process, trust};
 use crate::report::RunRecord;
 use crate::repository::retention::{self, Candidate};
 use crate::repository::{Repository, Snapshot};
+use crate::status::Description;
 
 /// Room that the state folder must have for a run to begin: its notes and its result have to fit.
-const STATE_FREE_BYTES_MIN: u64 = 4 * 1024 * 1024;
+pub const STATE_FREE_BYTES_MIN: u64 = 4 * 1024 * 1024;
+/// How long the daemon may take to say what it wants.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Events that wait for the daemon.
 const EVENTS_WAITING: usize = 64;
+
+/// What a runner is told by the process that it is: nothing of this comes over the socket.
+pub struct Told<D> {
+    /// Settings and identity, or why there are none; then every request is answered with that.
+    pub host: Result<Host, Failure>,
+    /// Who may ask.
+    pub askers: Askers,
+    /// What the daemon may know of this host; looked up only when it asks.
+    pub description: D,
+    /// The clock.
+    pub clock: SharedClock,
+}
+
+/// Who may ask besides root and the runner's own user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Askers {
+    /// Nobody.
+    NobodyElse,
+    /// The user that the daemon runs as.
+    Daemon(u32),
+    /// Whoever the socket let through: there are no settings, so that nothing is done, and that is what they hear.
+    Anybody,
+}
 
 /// The runner process, on a socket that was handed down as standard input.
 ///
 /// # Errors
 /// When the socket cannot be used or its other end is somebody else's.
-pub async fn run(socket: UnixStream, host: Result<Host, Failure>, clock: SharedClock) -> io::Result<()> {
+pub async fn run(socket: UnixStream, told: Told<impl Future<Output = Description>>) -> io::Result<()> {
     let peer = getsockopt(&socket, sockopt::PeerCredentials)?;
-    if !trust::is_trusted_user(peer.uid()) {
+    if !told.askers.include(peer.uid()) {
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("user {} may not start runs", peer.uid())));
     }
     process::become_subreaper()?;
     let (read, write) = socket.into_split();
     let mut read = BufReader::new(read);
-    let Some(request) = receive::<Request>(&mut read).await else {
+    // Whoever connects and says nothing would keep one of the few places.
+    let request = tokio::time::timeout(REQUEST_TIMEOUT, receive::<Request>(&mut read)).await;
+    let Some(request) = request.map_err(|_| io::ErrorKind::TimedOut)? else {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "the request is not one"));
     };
     let (says, waiting) = mpsc::channel(EVENTS_WAITING);
-    let work = answer(request, host, clock, says, read);
+    let work = answer(request, told, says, read);
     let ((), written) = tokio::join!(work, forward(waiting, write));
-    written
+    match written {
+        // A daemon that is gone is no failure of ours: what it did not hear is in the ledger.
+        Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => Ok(()),
+        other => other,
+    }
+}
+
+impl Askers {
+    fn include(self, peer: u32) -> bool {
+        match self {
+            _ if trust::is_trusted_user(peer) => true,
+            Self::NobodyElse => false,
+            Self::Daemon(uid) => peer == uid,
+            Self::Anybody => true,
+        }
+    }
 }
 
 /// Writes events until there are no more; goes on taking them when the daemon is gone.
@@ -69,21 +117,29 @@ async fn forward(mut waiting: mpsc::Receiver<Event>, mut write: OwnedWriteHalf) 
 
 async fn answer(
     request: Request,
-    host: Result<Host, Failure>,
-    clock: SharedClock,
+    Told { host, description, clock, .. }: Told<impl Future<Output = Description>>,
     says: mpsc::Sender<Event>,
     daemon: BufReader<OwnedReadHalf>,
 ) {
     let last = match request {
-        Request::Settle => {
+        Request::Describe => Event::Described(Box::new(description.await)),
+        Request::Settle { run_uids } => {
+            let whom = settle::For::Daemon { run_uids: &run_uids };
             let settled = match &host {
-                Ok(host) => settle::settle_all(host, None, true, &*clock).await.map_err(|e| chain(&e)),
+                Ok(host) => settle::settle_all(host, whom, &*clock).await.map_err(|e| chain(&e)),
                 Err(failure) => Err(failure.message.clone()),
             };
             if let Err(error) = settled {
                 tracing::error!(event = "not_settled", error);
             }
-            Event::Settled
+            match host {
+                Ok(host) => {
+                    tell_ends(&host, run_uids, &says).await;
+                    Event::Settled
+                }
+                // Nothing is known of any run then.
+                Err(failure) => Event::Finished(Box::new(ended_early("", "", failure, &clock))),
+            }
         }
         Request::Plan { service } => match plan_only(host, &service).await {
             Ok(plan) => Event::Planned(plan.lines()),
@@ -100,6 +156,25 @@ async fn answer(
     };
     // A daemon that is gone reads the result from the ledger.
     let _ = says.send(last).await;
+}
+
+/// Tells how runs ended, or that they still live.
+async fn tell_ends(host: &Host, run_uids: Vec<String>, says: &mpsc::Sender<Event>) {
+    let ledger = Ledger::of(&host.state_dir);
+    // An id becomes a path: what is no id is nobody's run.
+    for run_uid in run_uids.into_iter().filter(|uid| uuid::Uuid::parse_str(uid).is_ok()) {
+        let folder = ledger.run(&run_uid);
+        let event = match folder.result() {
+            _ if folder.is_alive() => Event::Alive { run_uid },
+            Ok(Some(finished)) => Event::Finished(Box::new(finished)),
+            Ok(None) => continue,
+            Err(error) => {
+                tracing::error!(event = "result_not_read", run_id = run_uid, error = %error);
+                continue;
+            }
+        };
+        let _ = says.send(event).await;
+    }
 }
 
 async fn plan_only(host: Result<Host, Failure>, service: &str) -> Result<Plan, Failure> {
@@ -134,6 +209,7 @@ impl Asked {
         says: &mpsc::Sender<Event>,
         daemon: BufReader<OwnedReadHalf>,
     ) -> Finished {
+        failpoint::arm(&host.state_dir.join("failpoint"));
         let (folder, alive) = match self.begin(host) {
             Ok(begun) => begun,
             Err(failure) => return self.early(failure, clock),
@@ -183,17 +259,40 @@ impl Asked {
         daemon: BufReader<OwnedReadHalf>,
     ) -> Result<Left, Failure> {
         let plan = Plan::make(host, &self.service, &self.verb, &self.run_uid).await?;
+        if plan.needs == Needs::Confirmation {
+            // The daemon's word is not enough: root's own file has to say the same.
+            let run = (self.run_uid.as_str(), self.service.as_str(), plan.verb);
+            let confirmed = Confirmations::of(&host.state_dir).take(run, clock.now_ms())?;
+            tracing::info!(event = "run_confirmed", run_id = self.run_uid, by = confirmed.by);
+        }
         // Held until the run is over.
         let service = Ledger::of(&host.state_dir).lock_service(&self.service).map_err(|e| state_failure(&e))?;
         let busy = || Failure::new(ErrorClass::Busy, format!("another run of service `{}` goes on", self.service));
         let _service = service.ok_or_else(busy)?;
-        settle::settle_all(host, Some(&self.run_uid), false, &**clock).await.map_err(|e| state_failure(&e))?;
+        let whom = settle::For::Run { run_uid: &self.run_uid, service: &self.service };
+        settle::settle_all(host, whom, &**clock).await.map_err(|e| state_failure(&e))?;
+        let held_before = self.earlier_one(host)?;
         folder.write_note(&plan.note()).map_err(|e| state_failure(&e))?;
-        let record = self.record(&plan, clock);
+        let mut record = self.record(&plan, clock);
+        record.warnings.extend(held_before);
         let driver = Driver::new((host, &plan), (folder, alive), SharedClock::clone(clock), says.clone(), record);
         let left = driver.run(reason_to_cancel(daemon, host)).await;
         let left = self.commit(&plan, folder, alive, left).await;
         Ok(self.retain(host, &plan, alive, left).await)
+    }
+
+    /// An earlier run of the service whose processes still live may be about to release it: in the middle of
+    /// ours.
+    /// One that is dead and could not be released even now is worth a remark.
+    fn earlier_one(&self, host: &Host) -> Result<Option<String>, Failure> {
+        let holding = thaw::holding(&host.state_dir).map_err(|e| state_failure(&e))?;
+        let other = holding.into_iter().find(|other| other.service == self.service && other.run_uid != self.run_uid);
+        let Some(other) = other else { return Ok(None) };
+        if other.is_alive {
+            let message = format!("run {} of service `{}` still holds it", other.run_uid, self.service);
+            return Err(Failure::new(ErrorClass::Busy, message));
+        }
+        Ok(Some(format!("run {} could not be released; `hestner-agent thaw` says why", other.run_uid)))
     }
 
     /// Writes the result, which is the moment a success counts.
@@ -222,7 +321,7 @@ impl Asked {
         );
         record.status = RunStatus::Running;
         record.scope = plan.service.scope();
-        record.job_type = if plan.note().snapshots.is_empty() { "backup" } else { "snapshot" }.to_owned();
+        record.job_type = if plan.point.is_live() { "backup" } else { "snapshot" }.to_owned();
         record.consistency_requested = plan.service.consistency;
         record.destination.clone_from(&plan.location.destination);
         record.policy_id = plan.policy.as_ref().map_or(0, |p| p.policy_id);

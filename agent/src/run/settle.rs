@@ -1,8 +1,8 @@
 //! Brings to an end what earlier runs left open: at the start of every runner, by the ledger's notes.
 //!
-//! For each run that is not settled and of which no process lives: the releases it owes, the snapshots it
-//! made for its point, whatever the repository holds of it, and the locks of its dead archiver. A run that
-//! never wrote a result gets one: `failed`, `interrupted`.
+//! For each run that is not settled and of which no process lives: what it has left held ([`super::thaw`]),
+//! what it made for its point, whatever the repository holds of it, and the locks of its dead archiver. A run
+//! that never wrote a result gets one: `failed`, `interrupted`.
 
 use std::time::Duration;
 
@@ -11,11 +11,13 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::archive::Worker;
-use super::hook::{self, Spec};
 use super::ledger::{Ledger, Note, RunFolder};
 use super::messages::{Finished, Work, WorkerEvent};
 use super::plan::Host;
+use super::thaw;
 use crate::freeze;
+use crate::guard;
+use crate::platform::chain;
 use crate::platform::clock::Clock;
 use crate::platform::files::{FileError, Lock};
 use crate::report::RunRecord;
@@ -28,14 +30,29 @@ const ALIVE_PAUSE: Duration = Duration::from_millis(100);
 /// How long the removal of one run's remains may take before it is left for the next time.
 const FORGET_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Settles every run but `own`. What cannot be settled now is left for the next time.
+/// For whom earlier runs are settled.
+#[derive(Clone, Copy)]
+pub(super) enum For<'a> {
+    /// For the daemon: those whose ends it wants to know are waited for.
+    Daemon { run_uids: &'a [String] },
+    /// For a run that is about to begin: only earlier ones of its own service are waited for.
+    Run { run_uid: &'a str, service: &'a str },
+}
+
+/// Settles every run but the one it is for. What cannot be settled now is left for the next time.
 ///
 /// # Errors
 /// When the ledger cannot be read.
-pub(super) async fn settle_all(host: &Host, own: Option<&str>, wait: bool, clock: &dyn Clock) -> Result<(), FileError> {
+pub(super) async fn settle_all(host: &Host, whom: For<'_>, clock: &dyn Clock) -> Result<(), FileError> {
     let ledger = Ledger::of(&host.state_dir);
-    for run_uid in ledger.unsettled()?.into_iter().filter(|uid| Some(uid.as_str()) != own) {
+    for run_uid in ledger.unsettled()? {
         let folder = ledger.run(&run_uid);
+        let wait = match whom {
+            For::Daemon { run_uids } => run_uids.contains(&run_uid),
+            For::Run { run_uid: own, .. } if own == run_uid => continue,
+            // An owed release must not fall into the middle of the next run of the same service.
+            For::Run { service, .. } => folder.note().ok().flatten().is_some_and(|note| note.service == service),
+        };
         let Some(alive) = lock_when_dead(&folder, wait).await? else { continue };
         match settle(host, &run_uid, &folder, &alive, clock).await {
             Ok(true) => tracing::info!(event = "run_settled", run_id = run_uid),
@@ -66,59 +83,34 @@ async fn settle(
 ) -> Result<bool, FileError> {
     let note = folder.note()?;
     let result = folder.result()?;
-    let mut troubles = Vec::new();
-    let mut clean = true;
-    if let Some(note) = &note {
-        for (i, hook) in note.hooks.iter().enumerate().rev().filter(|(i, _)| folder.owes_release(*i)) {
-            let argv = &hook.release;
-            let spec = hook.spec(argv, run_uid, &note.service);
-            let released = if argv.is_empty() { Ok(()) } else { release(&spec, alive).await };
-            clean &= note_release(folder, i, &released);
-            troubles.extend(released.err().map(|trouble| format!("release of hook `{}`: {}", hook.name, trouble.what)));
-        }
-        clean &= freeze::remove_snapshots(&note.snapshots, &host.freeze).await.is_ok();
+    // What holds the service comes first: filesystems, containers, hooks.
+    let thawed = thaw::release_dead(run_uid, folder, alive).await?;
+    for trouble in &thawed.troubles {
+        tracing::error!(event = "not_released", run_id = run_uid, error = trouble);
     }
+    if thawed.is_stuck {
+        guard::client::go_on_thawing(&host.guard);
+    }
+    let mut clean = thawed.is_free;
     let is_success = result.as_ref().is_some_and(|f| f.record.snapshot_id().is_some());
-    if let Some(note) = note.as_ref().filter(|_| !is_success) {
-        clean &= forget(&note.location, run_uid, alive).await;
-    }
-    for trouble in &troubles {
-        tracing::error!(event = "owed_release_failed", run_id = run_uid, error = trouble);
+    if let Some(note) = &note {
+        if let Err(error) = freeze::remove_made(&note.intent, &host.freeze).await {
+            tracing::warn!(event = "point_not_removed", run_id = run_uid, error = chain(&error));
+            clean = false;
+        }
+        if !is_success {
+            clean &= forget(&note.location, run_uid, alive).await;
+        }
     }
     if result.is_none() {
         let mut finished = interrupted(run_uid, note.as_ref(), clock);
-        finished.record.warnings = troubles;
+        finished.record.warnings = folder.remarks();
         folder.write_result(&finished)?;
     }
     if clean {
         folder.settle()?;
     }
     Ok(clean)
-}
-
-/// A release that did not end well.
-struct Trouble {
-    what: String,
-    /// Whether its command ran: then it is not owed any more.
-    ran: bool,
-}
-
-/// Claimed before or not: whoever claimed it died before its end, and at least once is the promise then.
-async fn release(spec: &Spec, alive: &Lock) -> Result<(), Trouble> {
-    match hook::run(spec, &CancellationToken::new(), &[&**alive], &[]).await {
-        Ok(ended) if ended.is_success() => Ok(()),
-        Ok(ended) => Err(Trouble { ran: ended.was_started(), what: ended.description() }),
-        Err(error) => Err(Trouble { ran: false, what: error.to_string() }),
-    }
-}
-
-/// False: the release is owed as before.
-fn note_release(folder: &RunFolder, hook: usize, released: &Result<(), Trouble>) -> bool {
-    if released.as_ref().is_err_and(|trouble| !trouble.ran) {
-        return false;
-    }
-    // A full disk must not keep the other hooks from being released.
-    folder.claim_release(hook).and_then(|_| folder.release_ended(hook)).is_ok()
 }
 
 /// The result of a run that has none.

@@ -18,7 +18,7 @@ use toml_example::TomlExample;
 use tonic::transport::Endpoint;
 
 use crate::identity::{Identity, IdentityError, Keeper};
-use crate::lifecycle::Drain;
+use crate::lifecycle::{Drain, Pulse};
 use crate::platform::backoff::{Backoff, random_u64};
 use crate::platform::chain;
 use crate::platform::clock::SharedClock;
@@ -67,6 +67,8 @@ pub struct Link {
     pub connected: bool,
     /// Why not, as far as it is known.
     pub because: String,
+    /// How far our clock is ahead of the receiver's, in milliseconds, as of the last session.
+    pub skew_ms: Option<i64>,
 }
 
 /// Why a stream ended.
@@ -115,6 +117,8 @@ pub enum SessionError {
 pub struct Session {
     /// Its settings.
     pub settings: Settings,
+    /// Whether daemon and runner are separate units with separate privileges.
+    pub separated: bool,
     /// Who we are.
     pub keeper: Keeper,
     /// Outbox.
@@ -135,6 +139,8 @@ pub struct Session {
     pub directives: mpsc::Sender<v1::Directive>,
     /// Whether the stream stands.
     pub link: watch::Sender<Link>,
+    /// Its sign of life.
+    pub pulse: Pulse,
 }
 
 impl Session {
@@ -157,7 +163,7 @@ impl Session {
             let pause = self.pause_after(ended, &mut backoff);
             tokio::select! {
                 () = drain.cancelled() => return,
-                () = tokio::time::sleep(pause) => {}
+                () = self.pulse.rest(tokio::time::sleep(pause)) => {}
             }
         }
     }
@@ -172,7 +178,7 @@ impl Session {
             Err(error) => (printable(chain(&error).as_bytes()), own),
         };
         tracing::warn!(event = "session_ended", because, retry_in_ms = pause.as_millis());
-        self.link.send_replace(Link { connected: false, because });
+        self.link.send_modify(|link| *link = Link { connected: false, because, skew_ms: link.skew_ms });
         pause
     }
 
@@ -184,20 +190,20 @@ impl Session {
             Some(identity) => identity,
             None => self.keeper.load()?,
         };
-        let channel = self.connect(&identity).await?;
+        let channel = self.pulse.rest(connect(&self.settings.address, &identity)).await?;
         stream::Stream::open(self, channel, identity, is_next).await?.talk().await
     }
+}
 
-    async fn connect(&self, identity: &Identity) -> Result<tonic::transport::Channel, SessionError> {
-        let (ca, own, key) = identity.for_tls();
-        let dialer = Dialer::new(&self.settings.address, tls::mutual(ca, own, key)?)?;
-        let connector = tower::service_fn(move |_| dialer.clone().connect());
-        // The address that is dialled is the dialer's; this one only fills the request's authority.
-        let endpoint = Endpoint::from_static("http://receiver")
-            .http2_keep_alive_interval(KEEP_ALIVE)
-            .keep_alive_timeout(KEEP_ALIVE)
-            .keep_alive_while_idle(true);
-        let connected = endpoint.connect_with_connector(connector).await;
-        connected.map_err(|source| SessionError::Connect { address: self.settings.address.clone(), source })
-    }
+async fn connect(address: &str, identity: &Identity) -> Result<tonic::transport::Channel, SessionError> {
+    let (ca, own, key) = identity.for_tls();
+    let dialer = Dialer::new(address, tls::mutual(ca, own, key)?)?;
+    let connector = tower::service_fn(move |_| dialer.clone().connect());
+    // The address that is dialled is the dialer's; this one only fills the request's authority.
+    let endpoint = Endpoint::from_static("http://receiver")
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
+        .keep_alive_while_idle(true);
+    let connected = endpoint.connect_with_connector(connector).await;
+    connected.map_err(|source| SessionError::Connect { address: address.to_owned(), source })
 }

@@ -63,7 +63,7 @@ impl<'a> Stream<'a> {
             epoch: session.store.epoch().to_owned(),
             inventory_hash: session.inventory.borrow_and_update().as_ref().map(|i| i.hash.clone()).unwrap_or_default(),
             now_ms: session.clock.now_ms(),
-            separated: false,
+            separated: session.separated,
         };
         let _ = out.try_send(v1::FromAgent { body: Some(Ours::Hello(hello)) });
         let broke = |status| SessionError::Stream(Box::new(status));
@@ -89,7 +89,7 @@ impl<'a> Stream<'a> {
         heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let skew_ms = session.clock.now_ms() - welcome.now_ms;
         tracing::info!(event = "session_open", server_id = identity.id.server_id, clock_skew_ms = skew_ms);
-        session.link.send_replace(Link { connected: true, because: String::new() });
+        session.link.send_replace(Link { connected: true, because: String::new(), skew_ms: Some(skew_ms) });
         let acknowledged = session.store.acknowledged().await?;
         let mut stream = Self {
             session,
@@ -120,6 +120,7 @@ impl<'a> Stream<'a> {
                         return Ok(());
                     }
                 }
+                () = self.session.pulse.called() => {}
                 _ = self.heartbeats.tick() => self.send_heartbeat().await?,
                 () = grew.notified() => self.send_reports().await?,
                 _ = outbox_look.tick() => self.send_reports().await?,

@@ -13,6 +13,7 @@ mod inbox;
 mod outbox;
 mod runs;
 mod schedule;
+mod waits;
 
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
@@ -21,11 +22,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rusqlite::{Connection, TransactionBehavior};
 
 pub use inbox::Outcome;
-pub use outbox::{Entry, OUTBOX_REPORTS_MAX};
+pub use outbox::{Entry, OUTBOX_REPORTS_MAX, look};
 pub use runs::{RunRow, Unfinished};
+pub use waits::{Wait, WaitRow};
 
 /// One statement batch a version, in order; never changed once released.
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
     CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
     CREATE TABLE outbox (seq INTEGER PRIMARY KEY AUTOINCREMENT, body BLOB NOT NULL) STRICT;
     CREATE TABLE inbox (
@@ -45,7 +48,17 @@ const MIGRATIONS: &[&str] = &["
         record TEXT NOT NULL
     ) STRICT;
     CREATE INDEX runs_unfinished ON runs (finished) WHERE finished = 0;
-"];
+",
+    "
+    CREATE TABLE waits (
+        run_uid TEXT PRIMARY KEY REFERENCES runs (run_uid) ON DELETE CASCADE,
+        verb TEXT NOT NULL,
+        since_ms INTEGER NOT NULL,
+        expires_at_ms INTEGER NOT NULL,
+        confirmed INTEGER NOT NULL DEFAULT 0
+    ) STRICT;
+",
+];
 
 /// The first SQLite without the WAL-reset corruption bug (<https://sqlite.org/wal.html#walresetbug>).
 const SQLITE_VERSION_MIN: i32 = 3_051_003;

@@ -1,6 +1,10 @@
 //! The spool of reports: numbered from 1, kept until acknowledged, given back in order.
 
-use rusqlite::{Connection, Transaction, params};
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::Duration;
+
+use rusqlite::{Connection, OpenFlags, Transaction, params};
 
 use super::{Store, StoreError, failed};
 
@@ -8,6 +12,9 @@ use super::{Store, StoreError, failed};
 /// after 23 days without it; then new runs are refused (`state_full`), because a result that could not
 /// be kept would be a result lost.
 pub const OUTBOX_REPORTS_MAX: u64 = 100_000;
+
+/// How long a look waits for the daemon.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A report and its number.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,6 +113,33 @@ impl Store {
     pub async fn check_room(&self) -> Result<(), StoreError> {
         self.call(|connection| check_room(connection)).await
     }
+}
+
+/// Looks into the store of a daemon that may be running: gives each report that waits to `each`, and returns the marks of
+/// [`Store::append_once`]. Changes nothing. A mark whose report does not wait any more was acknowledged.
+///
+/// # Errors
+/// When there is no such file, or it cannot be read.
+pub fn look(path: &Path, mut each: impl FnMut(&[u8])) -> Result<BTreeSet<String>, StoreError> {
+    // Not read-only: a log that the daemon has not written back yet could not be read then.
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
+    let mut read = || -> rusqlite::Result<BTreeSet<String>> {
+        let mut connection = Connection::open_with_flags(path, flags)?;
+        connection.busy_timeout(LOOK_TIMEOUT)?;
+        // One moment: a report that is acknowledged in between is neither lost nor waiting.
+        let moment = connection.transaction()?;
+        let marks = moment
+            .prepare("SELECT substr(key, 6) FROM meta WHERE key LIKE 'once:%'")?
+            .query_map([], |row| row.get(0))?
+            .collect::<rusqlite::Result<_>>()?;
+        let mut reports = moment.prepare("SELECT body FROM outbox")?;
+        let mut rows = reports.query([])?;
+        while let Some(row) = rows.next()? {
+            each(row.get_ref(0)?.as_blob()?);
+        }
+        Ok(marks)
+    };
+    read().map_err(failed("look"))
 }
 
 fn waiting(connection: &Connection) -> Result<u64, StoreError> {

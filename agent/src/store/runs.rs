@@ -2,6 +2,7 @@
 
 use rusqlite::{OptionalExtension as _, Row, params};
 
+use super::waits::{self, Wait};
 use super::{Store, StoreError, failed, outbox};
 
 /// How many ended runs are kept for `hestner-agent runs`; the receiver keeps them all.
@@ -29,7 +30,7 @@ pub enum Unfinished {
 
 impl Store {
     /// Begins a run: its row, the report of it and, if a directive asked for it, that directive's
-    /// acceptance.
+    /// acceptance; and that it waits for a person, if it does.
     ///
     /// # Errors
     /// When the outbox or the disk has no room; the run must then not be started.
@@ -38,6 +39,7 @@ impl Store {
         run: RunRow,
         report: Vec<u8>,
         directive_id: Option<String>,
+        wait: Option<Wait>,
     ) -> Result<(), StoreError> {
         self.call(move |connection| {
             let transaction = connection.transaction().map_err(failed("begin a run"))?;
@@ -47,6 +49,9 @@ impl Store {
             if let Some(id) = directive_id {
                 let sql = "UPDATE inbox SET accepted = 1 WHERE directive_id = ?1";
                 transaction.execute(sql, [id]).map_err(failed("begin a run"))?;
+            }
+            if let Some(wait) = wait {
+                waits::begin(&transaction, &run.run_uid, &wait)?;
             }
             transaction.commit().map_err(failed("begin a run"))
         })
@@ -65,6 +70,7 @@ impl Store {
                 return Ok(Unfinished::WasFinished);
             }
             outbox::append(&transaction, &report)?;
+            waits::end(&transaction, &run_uid)?;
             let sql = "DELETE FROM runs WHERE finished = 1 AND id <= (SELECT max(id) FROM runs) - ?1";
             transaction.execute(sql, [RUNS_KEPT]).map_err(failed("end a run"))?;
             transaction.commit().map_err(failed("end a run"))?;
@@ -73,13 +79,14 @@ impl Store {
         .await
     }
 
-    /// Runs that were begun and not ended, oldest first.
+    /// Runs that were begun and not ended, oldest first; those that wait for a person are not among them.
     ///
     /// # Errors
     /// When the file cannot be read.
     pub async fn unfinished_runs(&self) -> Result<Vec<RunRow>, StoreError> {
-        self.list_runs("SELECT run_uid, service, record FROM runs WHERE finished = 0 ORDER BY id LIMIT ?1", u32::MAX)
-            .await
+        let sql = "SELECT run_uid, service, record FROM runs
+             WHERE finished = 0 AND run_uid NOT IN (SELECT run_uid FROM waits) ORDER BY id LIMIT ?1";
+        self.list_runs(sql, u32::MAX).await
     }
 
     /// The newest runs, newest first.

@@ -95,12 +95,34 @@ fn row(uid: &str) -> RunRow {
 async fn run_is_finished_and_reported_once() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path());
-    store.begin_run(row("a"), b"begun".to_vec(), None).await.unwrap();
+    store.begin_run(row("a"), b"begun".to_vec(), None, None).await.unwrap();
     let finish = || store.finish_run("a".into(), "{\"status\":\"failed\"}".into(), b"ended".to_vec());
     assert_eq!(finish().await.unwrap(), Unfinished::WasUnfinished);
     assert_eq!(finish().await.unwrap(), Unfinished::WasFinished);
     assert_eq!(store.waiting().await.unwrap(), 2);
     assert!(store.unfinished_runs().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn wait_outlives_a_restart_and_ends_with_the_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let wait = || Wait { verb: "snapshot".into(), since_ms: 1, expires_at_ms: 9 };
+    for uid in ["a", "b", "c"] {
+        store.begin_run(row(uid), b"begun".to_vec(), None, Some(wait())).await.unwrap();
+    }
+    store.begin_run(row("d"), b"begun".to_vec(), None, None).await.unwrap();
+    store.confirm_wait("b".into()).await.unwrap();
+    store.end_wait("c".into()).await.unwrap();
+    drop(store);
+    let store = open(folder.path());
+    let waits = store.waits().await.unwrap();
+    let shown: Vec<_> = waits.iter().map(|w| (w.run_uid.as_str(), w.confirmed, &w.wait)).collect();
+    assert_eq!(shown, [("a", false, &wait()), ("b", true, &wait())]);
+    let unfinished: Vec<_> = store.unfinished_runs().await.unwrap().into_iter().map(|r| r.run_uid).collect();
+    assert_eq!(unfinished, ["c", "d"], "what waits has begun nothing that a restart would have to end");
+    store.finish_run("a".into(), "{}".into(), b"ended".to_vec()).await.unwrap();
+    assert_eq!(store.waits().await.unwrap().len(), 1);
 }
 
 #[tokio::test]
@@ -129,6 +151,21 @@ fn epoch_stays_with_the_file() {
     drop(open(folder.path()));
     let again = Store::open(&folder.path().join("agent.db"), "epoch-2").unwrap();
     assert_eq!(again.epoch(), "epoch-1");
+}
+
+#[tokio::test]
+async fn file_of_the_first_format_is_migrated_with_its_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let connection = Connection::open(folder.path().join("agent.db")).unwrap();
+    connection.execute_batch(MIGRATIONS[0]).unwrap();
+    connection.pragma_update(None, "user_version", 1).unwrap();
+    connection.execute("INSERT INTO runs (run_uid, service, record) VALUES ('a', 'docs', '{}')", []).unwrap();
+    drop(connection);
+    let store = open(folder.path());
+    assert_eq!(store.unfinished_runs().await.unwrap(), [row("a")]);
+    let wait = Wait { verb: "snapshot".into(), since_ms: 1, expires_at_ms: 9 };
+    store.begin_run(row("b"), b"begun".to_vec(), None, Some(wait)).await.unwrap();
+    assert_eq!(store.waits().await.unwrap().len(), 1);
 }
 
 #[test]

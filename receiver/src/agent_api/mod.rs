@@ -134,13 +134,14 @@ fn accept(
 ) -> ReceiverStream<Accepted> {
     let (ready, incoming) = mpsc::channel(READY_MAX);
     let drain = tasks.drain().clone();
+    let mut pulse = tasks.pulse(name);
     tasks.spawn(name, async move {
         let (places, key_places) = (Arc::new(Semaphore::new(connections_max)), KeyPlaces::default());
         loop {
-            let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+            let Ok(place) = pulse.rest(Arc::clone(&places).acquire_owned()).await else { return };
             // Cancel-safe: handshakes in flight live in the listener.
             let (stream, address): (_, SocketAddr) = tokio::select! {
-                accepted = listener.accept() => accepted,
+                accepted = pulse.rest(listener.accept()) => accepted,
                 () = drain.begun() => return,
             };
             let key = stream.peer_certificates().first().and_then(|certificate| key_of(certificate));

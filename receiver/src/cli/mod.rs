@@ -11,11 +11,12 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
 use crate::lifecycle::{self, Drain};
 use crate::model::{Actor, CompanyId, Scope, ServerId, times};
 use crate::platform::clock::{SharedClock, SystemClock};
+use crate::platform::notify::Notifier;
 use crate::platform::{files, span};
 use crate::server::settings::{self, Checked, LogFormat};
 use crate::server::{self, Opened};
@@ -178,6 +179,11 @@ fn token_life(text: &str) -> Result<Duration, String> {
     if allowed.contains(&life) { Ok(life) } else { Err("must be from 1s to 30days".to_owned()) }
 }
 
+/// The command line as data: man pages and completions are made from it.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -210,11 +216,13 @@ fn run(cli: Cli) -> Result<(), Failure> {
 
 async fn serve(settings: Checked, clock: SharedClock) -> Result<(), Failure> {
     start_log(&settings);
+    let manager = Arc::new(Notifier::from_environment().map_err(Failure::Manager)?);
     let bound = server::build(settings, clock).await?;
     let addresses = bound.addresses();
     let pin = bound.opened().authority.pin().to_owned();
     let drain = Drain::default();
     let running = bound.start(drain.clone())?;
+    running.tell(&manager);
     tracing::info!(
         event = "ready", component = "server", version = env!("CARGO_PKG_VERSION"), ca_pin = pin,
         agents = %addresses.agents, enrolment = %addresses.enrolment, rest = %addresses.rest, "ready"
@@ -228,6 +236,7 @@ async fn serve(settings: Checked, clock: SharedClock) -> Result<(), Failure> {
         () = drain.begun() => {}
     }
     tracing::info!(event = "draining", component = "server", "stopping");
+    manager.stopping();
     drain.begin();
     let second = async {
         // Without handlers there is no second signal to wait for.

@@ -38,6 +38,8 @@ pub(super) enum Failure {
     Runtime(#[source] std::io::Error),
     #[error("cannot wait for signals")]
     Signals(#[source] std::io::Error),
+    #[error("cannot use the socket that NOTIFY_SOCKET names")]
+    Manager(#[source] std::io::Error),
     #[error("the task `{0}` ended although it must not")]
     TaskEnded(&'static str),
     #[error("row {0} of the audit log is not what was written")]

@@ -12,7 +12,7 @@ use tokio::time::MissedTickBehavior;
 
 use super::{Enrolment, Error};
 use crate::ca::{self, PeerIdentity, ProvenKey};
-use crate::lifecycle::Drain;
+use crate::lifecycle::{Drain, Pulse};
 use crate::model::{Actor, CompanyId, ServerId};
 use crate::platform::causes::chain;
 use crate::sessions::End;
@@ -193,13 +193,13 @@ const STANDING_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Enrolment {
     /// Watches for servers that are shut out while they have a session, until the drain.
-    pub async fn watch_standing(self, drain: Drain) {
+    pub async fn watch_standing(self, mut pulse: Pulse, drain: Drain) {
         let mut ticks = tokio::time::interval(STANDING_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             // Cancel-safe: neither future holds anything that is lost.
             tokio::select! {
-                _ = ticks.tick() => {}
+                _ = pulse.rest(ticks.tick()) => {}
                 () = drain.begun() => return,
             }
             if let Err(error) = self.end_shut_out().await {

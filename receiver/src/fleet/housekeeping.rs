@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::MissedTickBehavior;
 
 use super::{Error, Fleet};
-use crate::lifecycle::Drain;
+use crate::lifecycle::{Drain, Pulse};
 use crate::platform::causes::chain;
 
 const WAKE_INTERVAL: Duration = Duration::from_secs(1);
@@ -29,13 +29,13 @@ impl Housekeeping {
     }
 
     /// Works until the drain.
-    pub async fn run(self, drain: Drain) {
+    pub async fn run(self, mut pulse: Pulse, drain: Drain) {
         let mut ticks = tokio::time::interval(WAKE_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         for tick in 0_u64.. {
             // Cancel-safe: neither future holds anything that is lost.
             tokio::select! {
-                _ = ticks.tick() => {}
+                _ = pulse.rest(ticks.tick()) => {}
                 () = drain.begun() => return,
             }
             if let Err(error) = self.step(tick).await {

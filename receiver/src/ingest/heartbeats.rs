@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 
-use crate::lifecycle::Drain;
+use crate::lifecycle::{Drain, Pulse};
 use crate::model::counters::SharedCounters;
 use crate::platform::causes::chain;
 use crate::platform::clock::SharedClock;
@@ -55,12 +55,13 @@ impl Flusher {
     }
 
     /// Flushes at every interval, and once more at the drain.
-    pub async fn run(mut self, drain: Drain) {
+    pub async fn run(mut self, mut pulse: Pulse, drain: Drain) {
         let mut ticks = tokio::time::interval(self.interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             // Cancel-safe: each arm's future holds nothing that is lost.
             tokio::select! {
+                () = pulse.called() => {}
                 _ = ticks.tick() => self.flush().await,
                 Some(answer) = self.pings.recv() => { let _ = answer.send(()); }
                 () = drain.begun() => break,

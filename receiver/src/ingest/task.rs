@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 use super::{Error, Message, Origin, Submission, Verdict, run};
-use crate::lifecycle::Drain;
+use crate::lifecycle::{Drain, Pulse};
 use crate::model::Actor;
 use crate::model::cost::RateCard;
 use crate::model::counters::SharedCounters;
@@ -61,11 +61,11 @@ impl Worker {
     }
 
     /// Works until the drain has begun and nobody submits any more.
-    pub async fn run(mut self, drain: Drain) {
+    pub async fn run(mut self, mut pulse: Pulse, drain: Drain) {
         loop {
             // Cancel-safe: `recv` loses no message, and `begun` holds no state.
             let message = tokio::select! {
-                message = self.inbox.recv() => message,
+                message = pulse.rest(self.inbox.recv()) => message,
                 () = drain.begun() => tokio::time::timeout(STRAGGLER_TIME, self.inbox.recv()).await.ok().flatten(),
             };
             let Some(message) = message else { return };

@@ -1,4 +1,4 @@
-//! The ground: clock, durable files, random numbers and the TLS listener.
+//! The ground: clock, durable files, random numbers, the service manager and the TLS listener.
 //!
 //! Knows nothing of Hestner and imports nothing of ours. Time and randomness enter the process here and
 //! travel up by argument, so that everything above can be tested without waiting.
@@ -6,6 +6,7 @@
 pub mod causes;
 pub mod clock;
 pub mod files;
+pub mod notify;
 pub mod random;
 pub mod span;
 pub mod tls;

@@ -43,11 +43,12 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub async fn serve(app: Router, mut listener: Listener, tasks: Tasks) {
     let drain = tasks.drain().clone();
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let mut pulse = tasks.pulse("rest");
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let Ok(place) = pulse.rest(Arc::clone(&places).acquire_owned()).await else { return };
         // Cancel-safe: handshakes in flight live in the listener.
         let (stream, peer) = tokio::select! {
-            accepted = listener.accept() => accepted,
+            accepted = pulse.rest(listener.accept()) => accepted,
             () = drain.begun() => return,
         };
         let (app, drain) = (app.clone(), drain.clone());

@@ -25,6 +25,7 @@ use crate::lifecycle::{Drain, Tasks};
 use crate::model::counters::{Counters, SharedCounters};
 use crate::platform::clock::SharedClock;
 use crate::platform::files;
+use crate::platform::notify::Notifier;
 use crate::platform::tls::Listener;
 use crate::sessions::Sessions;
 use crate::store::{self, Store};
@@ -226,10 +227,10 @@ impl Bound {
 
 fn spawn_work(tasks: &Tasks, worker: Worker, flusher: Flusher, fleet: &Fleet, enrolment: &Enrolment) {
     let drain = || tasks.drain().clone();
-    tasks.spawn("ingest", worker.run(drain()));
-    tasks.spawn("flush", flusher.run(drain()));
-    tasks.spawn("housekeeping", Housekeeping::new(fleet.clone()).run(drain()));
-    tasks.spawn("standing", enrolment.clone().watch_standing(drain()));
+    tasks.spawn("ingest", worker.run(tasks.pulse("ingest"), drain()));
+    tasks.spawn("flush", flusher.run(tasks.pulse("flush"), drain()));
+    tasks.spawn("housekeeping", Housekeeping::new(fleet.clone()).run(tasks.pulse("housekeeping"), drain()));
+    tasks.spawn("standing", enrolment.clone().watch_standing(tasks.pulse("standing"), drain()));
 }
 
 /// A receiver that works.
@@ -241,6 +242,14 @@ pub struct Running {
 }
 
 impl Running {
+    /// Tells the service manager that the receiver works, and from now on that it lives, until the drain.
+    pub fn tell(&self, manager: &Arc<Notifier>) {
+        let alive = Arc::clone(manager);
+        let watch = self.tasks.clone().watch_over(manager.watchdog(), move || alive.alive());
+        self.tasks.spawn("watchdog", watch);
+        manager.ready();
+    }
+
     /// Waits for the drain and then for the tasks; `cut_short` ends the waiting.
     ///
     /// # Errors

@@ -56,7 +56,7 @@ impl World {
         let card = RateCard { currency: "EUR".into(), storage_gb_month: "0.0500".parse().expect("a price") };
         let (inlet, worker) = new(store.clone(), sessions.clone(), card, clock.clone(), counters.clone());
         let tasks = Tasks::new(Drain::default());
-        tasks.spawn("ingest", worker.run(tasks.drain().clone()));
+        tasks.spawn("ingest", worker.run(tasks.pulse("ingest"), tasks.drain().clone()));
         Self { folder, store, sessions, clock, counters, inlet, tasks, shown: Mutex::default() }
     }
 

@@ -19,6 +19,7 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::process::Child;
 use tokio_util::sync::CancellationToken;
 
 use crate::platform::command::{CommandError, End, Program, Streams};
@@ -103,42 +104,67 @@ pub async fn run(
     inherit: &[&dyn AsFd],
     spare: &[Pid],
 ) -> Result<Ended, HookError> {
-    let mut child = Program::own().arg("hook").spawn(
-        Streams { stderr: Stdio::inherit(), ..Streams::piped() },
-        End::ByItself,
-        inherit,
-    )?;
-    let (mut input, mut answer) = (child.stdin.take(), child.stdout.take());
-    let mut line = serde_json::to_vec(spec).unwrap_or_default();
-    line.push(b'\n');
-    if let Some(input) = &mut input {
-        input.write_all(&line).await.map_err(HookError::Pipe)?;
+    Waiting::start(inherit)?.run(spec, stop, spare).await
+}
+
+/// A supervisor that was not told yet what to run: its own start takes longer than many a command. It ends
+/// when it is dropped.
+#[derive(Debug)]
+pub struct Waiting(Child);
+
+impl Waiting {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(inherit: &[&dyn AsFd]) -> Result<Self, HookError> {
+        let streams = Streams { stderr: Stdio::inherit(), ..Streams::piped() };
+        Ok(Self(Program::own().arg("hook").spawn(streams, End::ByItself, inherit)?))
     }
-    let mut text = Vec::new();
-    let finished = async {
-        if let Some(answer) = &mut answer {
-            answer.read_to_end(&mut text).await?;
+
+    /// Its process: to be spared when descendants are killed.
+    pub fn pid(&self) -> Option<Pid> {
+        self.0.id().map(|pid| Pid::from_raw(pid.cast_signed()))
+    }
+
+    /// Runs a hook under it, as [`run`] does.
+    ///
+    /// # Errors
+    /// As [`run`].
+    pub async fn run(self, spec: &Spec, stop: &CancellationToken, spare: &[Pid]) -> Result<Ended, HookError> {
+        let Self(mut child) = self;
+        let (mut input, mut answer) = (child.stdin.take(), child.stdout.take());
+        let mut line = serde_json::to_vec(spec).unwrap_or_default();
+        line.push(b'\n');
+        if let Some(input) = &mut input {
+            input.write_all(&line).await.map_err(HookError::Pipe)?;
         }
-        child.wait().await
-    };
-    let stopping = async {
-        stop.cancelled().await;
-        drop(input.take());
-        std::future::pending::<()>().await;
-    };
-    tokio::select! {
-        ended = finished => { ended.map_err(HookError::Pipe)?; }
-        () = stopping => {}
+        let mut text = Vec::new();
+        let finished = async {
+            if let Some(answer) = &mut answer {
+                answer.read_to_end(&mut text).await?;
+            }
+            child.wait().await
+        };
+        let stopping = async {
+            stop.cancelled().await;
+            drop(input.take());
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            ended = finished => { ended.map_err(HookError::Pipe)?; }
+            () = stopping => {}
+        }
+        if let Ok(ended) = serde_json::from_slice(&text) {
+            return Ok(ended);
+        }
+        // The supervisor was killed: what it had started is ours now (this process is a subreaper too).
+        let give_up = tokio::time::Instant::now() + KILL_GIVE_UP;
+        while process::signal_descendants(Signal::SIGKILL, spare) && tokio::time::Instant::now() < give_up {
+            tokio::time::sleep(KILL_PAUSE).await;
+        }
+        Err(HookError::SupervisorDied)
     }
-    if let Ok(ended) = serde_json::from_slice(&text) {
-        return Ok(ended);
-    }
-    // The supervisor was killed: what it had started is ours now (this process is a subreaper too).
-    let give_up = tokio::time::Instant::now() + KILL_GIVE_UP;
-    while process::signal_descendants(Signal::SIGKILL, spare) && tokio::time::Instant::now() < give_up {
-        tokio::time::sleep(KILL_PAUSE).await;
-    }
-    Err(HookError::SupervisorDied)
 }
 
 /// A hook that could not be supervised.
@@ -166,23 +192,25 @@ pub fn supervise() -> io::Result<()> {
     mask.add(Signal::SIGCHLD);
     mask.thread_block()?;
     let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-    let spec = read_spec()?;
+    // Its runner needed it not, or is gone.
+    let Some(spec) = read_spec()? else { return Ok(()) };
     let ended = Supervisor { spec: &spec, children, output: None, kept: Vec::new(), main: None, exit: None }.run();
     let mut stdout = io::stdout().lock();
     stdout.write_all(&serde_json::to_vec(&ended)?)?;
     stdout.flush()
 }
 
-/// Reads up to the first line's end and not a byte further: what comes after is only its closing.
-fn read_spec() -> io::Result<Spec> {
+/// Reads up to the first line's end and not a byte further: what comes after is only its closing. `None`: it
+/// was closed without a word.
+fn read_spec() -> io::Result<Option<Spec>> {
     let mut line = Vec::new();
     for byte in io::stdin().lock().take(SPEC_BYTES_MAX).bytes() {
         match byte? {
-            b'\n' => return Ok(serde_json::from_slice(&line)?),
+            b'\n' => return Ok(Some(serde_json::from_slice(&line)?)),
             other => line.push(other),
         }
     }
-    Err(io::ErrorKind::UnexpectedEof.into())
+    if line.is_empty() { Ok(None) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
 }
 
 struct Supervisor<'a> {
@@ -308,10 +336,11 @@ impl Supervisor<'_> {
     fn kill_all(&mut self) -> usize {
         let give_up = std::time::Instant::now() + KILL_GIVE_UP;
         loop {
-            process::signal_descendants(Signal::SIGKILL, &[]);
+            // The kernel knows at once that there is nobody left; to find somebody, all of /proc is read.
             if self.reap() {
                 return 0;
             }
+            process::signal_descendants(Signal::SIGKILL, &[]);
             if std::time::Instant::now() >= give_up {
                 return process::descendants(nix::unistd::getpid()).len().max(1);
             }
