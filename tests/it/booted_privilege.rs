@@ -79,7 +79,10 @@ const ATTEMPTS: &[(&str, &str)] = &[
     ("freeze", "fsfreeze -f /data"),
     ("device", "mknod \"$HOME/d\" b 7 0"),
     ("signal to init", "kill -0 1"),
-    ("signal to a guard", "pkill -KILL -u 0"),
+    (
+        "signal to a guard",
+        "pid=$(grep -lz guard /proc/[0-9]*/cmdline 2>/dev/null | head -n 1); kill -KILL \"${pid:-1}\"",
+    ),
     ("environment of init", "cat /proc/1/environ"),
     ("root of init", "ls /proc/1/root/"),
 ];

@@ -11,7 +11,7 @@ use hestner_tests::restic::FaultyRestic;
 use hestner_tests::{Agent, AgentBuilder, Run, Service, World, files, is_root_or_skips, processes, tree, wait_until};
 
 /// How soon a container runs again after whoever held it died.
-const RUNS_AGAIN: Duration = Duration::from_secs(10);
+const RUNS_AGAIN: Duration = Duration::from_secs(30);
 
 /// Taken apart in this order: the agent's parts, Docker, the disk, the world.
 struct Held {
@@ -126,7 +126,8 @@ fn downtime_that_is_over_fails_the_run_and_starts_the_container() {
     let held = held("containers-downtime", "ext4");
     held.docker.run_writer("db", &held.source);
     let faulty = FaultyRestic::new(&held.world.at("bin"));
-    let service = service(&held.source, "\"db\"").point_line("hold = \"stop\"").point_line("downtime_max = \"3s\"");
+    // Long enough for the archive to be reached on a busy machine: opening a repository takes seconds.
+    let service = service(&held.source, "\"db\"").point_line("hold = \"stop\"").point_line("downtime_max = \"15s\"");
     let agent = held.agent().restic(&faulty).allowed(service).started();
     faulty.hang_on("backup");
     let snapshot = agent.snapshot_started("docs");

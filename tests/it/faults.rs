@@ -95,7 +95,10 @@ impl Case {
         // A hook that the runner died in is called once more; so is one whose end could not be noted.
         let died_inside = self.step == Step::PostHook && matches!(self.ends(), Ends::As(["interrupted"]));
         let not_noted = self.fault == Fault::StateFull;
-        if pres > 0 && (died_inside || not_noted) { pres..=pres + 1 } else { pres..=pres }
+        // The runner goes on until it hears of its daemon's end, and may then end the pre hook before that has
+        // written its first line.
+        let cancelled_early = self.step == Step::Planned && self.fault == Fault::KillDaemon;
+        if pres > 0 && (died_inside || not_noted) || cancelled_early { pres..=pres + 1 } else { pres..=pres }
     }
 }
 

@@ -278,6 +278,10 @@ impl Drop for Booted {
         }
         if std::thread::panicking() {
             eprintln!("--- journal of the machine\n{}", self.journal(150));
+            let status: &[&str] = &["systemctl", "--no-pager", "--full", "status", "hestner-*"];
+            for words in [status, &["hestner-agent", "thaw", "--json"]] {
+                eprintln!("--- {}\n{}", words.join(" "), self.run(words));
+            }
         }
         if self.leader != 0 {
             processes::kill(self.leader);

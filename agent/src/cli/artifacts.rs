@@ -14,7 +14,7 @@ use crate::platform::chain;
 use crate::platform::files;
 use crate::report::RunRecord;
 use crate::repository::{Repository, RepositoryError};
-use crate::run::ledger::Ledger;
+use crate::run::ledger::{Ledger, is_run_id};
 
 struct Artifact {
     run: RunRecord,
@@ -23,7 +23,7 @@ struct Artifact {
 }
 
 fn find(settings: &Settings, run_uid: &str) -> Result<Artifact, Complaint> {
-    if uuid::Uuid::parse_str(run_uid).is_err() {
+    if !is_run_id(run_uid) {
         return Err(Complaint::mend(
             "unknown_run",
             format!("`{run_uid}` is not the id of a run"),

@@ -15,6 +15,7 @@ use crate::gate::Confirmation;
 use crate::platform::chain;
 use crate::platform::clock::{Clock as _, SystemClock};
 use crate::run::confirmation::Confirmations;
+use crate::run::ledger::is_run_id;
 use crate::status::WaitingRun;
 
 /// Who logged in, also behind `sudo` (`proc_pid_loginuid(5)`); this value means nobody.
@@ -42,11 +43,15 @@ pub(super) struct Arguments {
 
 pub(super) async fn run(settings: &Settings, arguments: &Arguments) -> Result<(), Complaint> {
     let Some(run_uid) = &arguments.run else { return list(settings, arguments.json).await };
-    if uuid::Uuid::parse_str(run_uid).is_err() {
+    if !is_run_id(run_uid) {
         let message = format!("`{run_uid}` is no id of a run");
         return Err(Complaint::mend("unknown_run", message, "`hestner-agent confirm --list` shows what waits"));
     }
     let run = one(settings, Request::Wait { run_uid: run_uid.clone() }).await?;
+    // The daemon is not believed: a word for this run must not become one for another, or a path.
+    if run.run_uid != *run_uid {
+        return Err(talk::unexpected());
+    }
     if !arguments.json {
         show(&run);
     }

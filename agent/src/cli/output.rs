@@ -120,12 +120,13 @@ impl ProgressLine {
     pub(super) fn wait(&mut self, runs: &[WaitingRun]) {
         self.end();
         for run in runs {
-            eprintln!(
+            let text = format!(
                 "run {} waits until somebody confirms it on this host, at most until {}: hestner-agent confirm {}",
                 run.run_uid,
                 time(run.expires_at_ms),
                 run.run_uid
             );
+            eprintln!("{}", harmless(&text));
         }
     }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use hestner_proto::words::{ErrorClass, Verb};
 
+use super::ledger::is_run_id;
 use super::messages::Failure;
 use super::runner::state_failure;
 use crate::gate::{self, Confirmation};
@@ -39,6 +40,9 @@ impl Confirmations {
     /// # Errors
     /// When the ledger is not this user's own, or cannot be written.
     pub fn give(&self, confirmation: &Confirmation, now_ms: i64) -> Result<(), Failure> {
+        if !is_run_id(&confirmation.run_uid) {
+            return Err(Failure::new(ErrorClass::Refused, format!("`{}` is no id of a run", confirmation.run_uid)));
+        }
         let state = self.runs.parent().unwrap_or(&self.runs);
         let ledger = if self.runs.exists() { &self.runs } else { state };
         // Root writes in nobody else's folder: what lies there could lead anywhere.
@@ -55,6 +59,14 @@ impl Confirmations {
     /// When it is there and cannot be removed.
     pub fn withdraw(&self, run_uid: &str) -> Result<(), FileError> {
         files::remove(&self.path(run_uid))
+    }
+
+    /// Whether there is one that counts for a run. It stays.
+    ///
+    /// # Errors
+    /// As [`Self::take`].
+    pub fn look(&self, run: (&str, &str, Verb), now_ms: i64) -> Result<(), Failure> {
+        Ok(gate::check_confirmation(read(&self.path(run.0))?.as_ref(), run, now_ms)?)
     }
 
     /// Uses the confirmation of a run, whose folder exists already: it is good for this once.
@@ -104,6 +116,9 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt as _;
 
+    const A: &str = "0198c0de-0000-7000-8000-00000000000a";
+    const B: &str = "0198c0de-0000-7000-8000-00000000000b";
+
     fn confirmation(run_uid: &str, expires_at_ms: i64) -> Confirmation {
         Confirmation {
             run_uid: run_uid.into(),
@@ -117,7 +132,7 @@ mod tests {
     fn state() -> tempfile::TempDir {
         // Below /tmp nothing would be believed.
         let state = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        for uid in ["a", "b"] {
+        for uid in [A, B] {
             files::private_folder(&state.path().join("runs").join(uid)).unwrap();
         }
         state
@@ -128,22 +143,22 @@ mod tests {
         let state = state();
         let all = Confirmations::of(state.path());
         let take = |uid| all.take((uid, "docs", Verb::Snapshot), 5).map_err(|f| f.class);
-        assert_eq!(take("a"), Err(ErrorClass::NotConfirmed));
-        all.give(&confirmation("a", 10), 0).unwrap();
-        assert_eq!(take("b"), Err(ErrorClass::NotConfirmed), "it is another run's");
-        assert_eq!(take("a").unwrap().by, "root");
-        assert_eq!(take("a"), Err(ErrorClass::NotConfirmed), "it was used");
-        assert!(state.path().join("runs/a/confirmed.json").exists());
+        assert_eq!(take(A), Err(ErrorClass::NotConfirmed));
+        all.give(&confirmation(A, 10), 0).unwrap();
+        assert_eq!(take(B), Err(ErrorClass::NotConfirmed), "it is another run's");
+        assert_eq!(take(A).unwrap().by, "root");
+        assert_eq!(take(A), Err(ErrorClass::NotConfirmed), "it was used");
+        assert!(state.path().join("runs").join(A).join("confirmed.json").exists());
     }
 
     #[test]
     fn confirmation_that_others_could_have_written_is_not_believed() {
         let state = state();
         let all = Confirmations::of(state.path());
-        all.give(&confirmation("a", 10), 0).unwrap();
-        let path = state.path().join("runs/.confirmed/a");
+        all.give(&confirmation(A, 10), 0).unwrap();
+        let path = state.path().join("runs/.confirmed").join(A);
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
-        let refused = all.take(("a", "docs", Verb::Snapshot), 5).unwrap_err();
+        let refused = all.take((A, "docs", Verb::Snapshot), 5).unwrap_err();
         assert_eq!(refused.class, ErrorClass::UnsafePermissions, "{}", refused.message);
     }
 
@@ -151,9 +166,20 @@ mod tests {
     fn next_confirmation_sweeps_what_expired_unused() {
         let state = state();
         let all = Confirmations::of(state.path());
-        all.give(&confirmation("a", 10), 0).unwrap();
-        all.give(&confirmation("b", 30), 20).unwrap();
-        assert!(!state.path().join("runs/.confirmed/a").exists());
-        all.take(("b", "docs", Verb::Snapshot), 25).unwrap();
+        all.give(&confirmation(A, 10), 0).unwrap();
+        all.give(&confirmation(B, 30), 20).unwrap();
+        assert!(!state.path().join("runs/.confirmed").join(A).exists());
+        all.take((B, "docs", Verb::Snapshot), 25).unwrap();
+    }
+
+    #[test]
+    fn confirmation_is_written_for_runs_only() {
+        let state = state();
+        let outside = state.path().join("outside").display().to_string();
+        for uid in [outside.as_str(), "../../outside", ""] {
+            let refused = Confirmations::of(state.path()).give(&confirmation(uid, 10), 0).unwrap_err();
+            assert_eq!(refused.class, ErrorClass::Refused);
+        }
+        assert!(!state.path().join("outside").exists());
     }
 }

@@ -200,10 +200,10 @@ impl<'a> Driver<'a> {
         self.unlogged.drain(..).for_each(|failure| log_failure(&failure));
     }
 
-    async fn enter(&mut self, phase: Phase) {
+    fn enter(&mut self, phase: Phase) {
         self.record.phase = Some(phase);
-        // A daemon that is gone is noticed by its closed socket.
-        let _ = self.says.send(Event::Progress { phase, progress: Progress::default() }).await;
+        // Never waited for: a daemon that does not read must not keep a service from being released.
+        let _ = self.says.try_send(Event::Progress { phase, progress: Progress::default() });
     }
 
     async fn perform(&mut self, action: Action, stop: &CancellationToken, failed: bool) -> machine::Event {
@@ -232,7 +232,7 @@ impl<'a> Driver<'a> {
     }
 
     async fn prepare(&mut self, i: usize, stop: &CancellationToken) -> machine::Event {
-        self.enter(Phase::PreFreeze).await;
+        self.enter(Phase::PreFreeze);
         let hook = &self.plan.service.hooks[i];
         let unclaimed = match self.folder.claim_begin(i) {
             Ok(true) => None,
@@ -247,7 +247,7 @@ impl<'a> Driver<'a> {
     }
 
     async fn release(&mut self, i: usize, argv: &[String], name: &str) -> machine::Event {
-        self.enter(Phase::PostThaw).await;
+        self.enter(Phase::PostThaw);
         if self.releasing.is_none() {
             // Its error is no reason not to release; the claims still keep two from the same hook.
             self.releasing = thaw::lock_thawing(self.folder).await.unwrap_or_default();
@@ -296,7 +296,7 @@ impl<'a> Driver<'a> {
     /// From here to [`Self::thaw`] this process touches no file and writes no log: both may lie on what is
     /// frozen, and whoever waits for a frozen filesystem cannot order its thaw.
     async fn take_point(&mut self, stop: &CancellationToken) -> machine::Event {
-        self.enter(Phase::Frozen).await;
+        self.enter(Phase::Frozen);
         if let Err(error) = self.folder.mark_held() {
             self.fail(super::runner::state_failure(&error));
             return machine::Event::PointFailed;
@@ -332,7 +332,7 @@ impl<'a> Driver<'a> {
         let thawed = frozen.thaw().await;
         failpoint::at("thawing");
         self.log_what_waited();
-        self.enter(Phase::PostThaw).await;
+        self.enter(Phase::PostThaw);
         match thawed {
             Ok(point) => {
                 self.record.freeze_ms =
@@ -384,7 +384,7 @@ impl<'a> Driver<'a> {
     }
 
     async fn archive(&mut self, stop: &CancellationToken) -> machine::Event {
-        self.enter(Phase::Archive).await;
+        self.enter(Phase::Archive);
         self.releasing = None;
         failpoint::at("archiving");
         self.archived_anything = true;

@@ -33,6 +33,12 @@ const REMARKS_MAX: usize = 50;
 /// What the folder of a run is called until it is locked.
 const UNBORN: &str = ".new-";
 
+/// Whether a text is a run's id in its one spelling (RFC 9562, lower case with hyphens). Ids become names of folders,
+/// snapshots and tags: one that can be spelled in several ways would be several runs.
+pub fn is_run_id(text: &str) -> bool {
+    uuid::Uuid::parse_str(text).is_ok_and(|id| id.to_string() == text)
+}
+
 /// What a run is about to make and to call.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Note {
@@ -370,6 +376,16 @@ impl RunFolder {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn run_id_has_one_spelling() {
+        assert!(is_run_id("0198c0de-0000-7000-8000-00000000000a"));
+        for other in
+            ["", "a", "/etc/passwd", "../x", "0198C0DE-0000-7000-8000-00000000000A", "0198c0de00007000800000000000000a"]
+        {
+            assert!(!is_run_id(other), "{other}");
+        }
+    }
 
     #[test]
     fn release_is_owed_until_it_has_ended() {

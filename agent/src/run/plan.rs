@@ -174,12 +174,22 @@ fn unsafe_permissions(what: &str, error: &Distrust) -> Failure {
     Failure::new(ErrorClass::UnsafePermissions, format!("{what} is not believed: {}", chain(error)))
 }
 
-impl Plan {
-    /// Plans a run of a service.
+/// What the grants let begin.
+pub(super) struct Admitted {
+    grants: Grants,
+    settings: ServiceSettings,
+    /// What it does.
+    pub(super) verb: Verb,
+    /// What it still needs.
+    pub(super) needs: Needs,
+}
+
+impl Admitted {
+    /// Decides by settings and grants alone: nothing is looked at that a run would read, and nothing is made.
     ///
     /// # Errors
-    /// The refusal, or what is missing.
-    pub async fn make(host: &Host, service: &str, verb: &str, run_uid: &str) -> Result<Self, Failure> {
+    /// The refusal.
+    pub(super) fn of(host: &Host, service: &str, verb: &str) -> Result<Self, Failure> {
         let verb: Verb = verb.parse().map_err(|e| Failure::of(ErrorClass::UnknownVerb, &e))?;
         let grants = read_grants(&host.grants)?;
         let settings = host.services.iter().find(|s| s.name == service);
@@ -192,6 +202,17 @@ impl Plan {
         if verb != Verb::Snapshot {
             return Err(Failure::new(ErrorClass::UnknownVerb, format!("a run cannot do `{verb}`")));
         }
+        Ok(Self { grants, settings, verb, needs })
+    }
+}
+
+impl Plan {
+    /// Plans a run of a service.
+    ///
+    /// # Errors
+    /// The refusal, or what is missing.
+    pub async fn make(host: &Host, service: &str, verb: &str, run_uid: &str) -> Result<Self, Failure> {
+        let Admitted { grants, settings, verb, needs } = Admitted::of(host, service, verb)?;
         let unreadable = |e: files::FileError| {
             let message = format!("{}; put the policy again at the receiver", chain(&e));
             Failure::new(ErrorClass::SettingsInvalid, message)

@@ -20,9 +20,9 @@ use tokio_util::sync::CancellationToken;
 use super::archive::Worker;
 use super::confirmation::Confirmations;
 use super::driver::{Driver, Left, time_is_over};
-use super::ledger::{Ledger, RunFolder};
+use super::ledger::{Ledger, RunFolder, is_run_id};
 use super::messages::{Event, Failure, Finished, Request, Work, WorkerEvent, receive, send};
-use super::plan::{Host, Plan};
+use super::plan::{Admitted, Host, Plan};
 use super::settle;
 use super::thaw;
 use crate::gate::Needs;
@@ -40,6 +40,8 @@ use crate::status::Description;
 pub const STATE_FREE_BYTES_MIN: u64 = 4 * 1024 * 1024;
 /// How long the daemon may take to say what it wants.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a daemon may leave its end of the socket full before nothing more is said to it.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Events that wait for the daemon.
 const EVENTS_WAITING: usize = 64;
 
@@ -66,6 +68,9 @@ pub enum Askers {
     Anybody,
 }
 
+/// What writing to a daemon says that is gone, or does not read.
+const GONE: [io::ErrorKind; 3] = [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset, io::ErrorKind::TimedOut];
+
 /// The runner process, on a socket that was handed down as standard input.
 ///
 /// # Errors
@@ -88,7 +93,7 @@ pub async fn run(socket: UnixStream, told: Told<impl Future<Output = Description
     let ((), written) = tokio::join!(work, forward(waiting, write));
     match written {
         // A daemon that is gone is no failure of ours: what it did not hear is in the ledger.
-        Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => Ok(()),
+        Err(error) if GONE.contains(&error.kind()) => Ok(()),
         other => other,
     }
 }
@@ -104,12 +109,13 @@ impl Askers {
     }
 }
 
-/// Writes events until there are no more; goes on taking them when the daemon is gone.
+/// Writes events until there are no more; goes on taking them when the daemon is gone, or does not read.
 async fn forward(mut waiting: mpsc::Receiver<Event>, mut write: OwnedWriteHalf) -> io::Result<()> {
     let mut written = Ok(());
     while let Some(event) = waiting.recv().await {
         if written.is_ok() {
-            written = send(&mut write, &event).await;
+            let sent = tokio::time::timeout(WRITE_TIMEOUT, send(&mut write, &event)).await;
+            written = sent.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
         }
     }
     written
@@ -162,7 +168,7 @@ async fn answer(
 async fn tell_ends(host: &Host, run_uids: Vec<String>, says: &mpsc::Sender<Event>) {
     let ledger = Ledger::of(&host.state_dir);
     // An id becomes a path: what is no id is nobody's run.
-    for run_uid in run_uids.into_iter().filter(|uid| uuid::Uuid::parse_str(uid).is_ok()) {
+    for run_uid in run_uids.into_iter().filter(|uid| is_run_id(uid)) {
         let folder = ledger.run(&run_uid);
         let event = match folder.result() {
             _ if folder.is_alive() => Event::Alive { run_uid },
@@ -210,7 +216,8 @@ impl Asked {
         daemon: BufReader<OwnedReadHalf>,
     ) -> Finished {
         failpoint::arm(&host.state_dir.join("failpoint"));
-        let (folder, alive) = match self.begin(host) {
+        // Held until the run is over.
+        let (_service, folder, alive) = match self.begin(host, clock) {
             Ok(begun) => begun,
             Err(failure) => return self.early(failure, clock),
         };
@@ -232,8 +239,10 @@ impl Asked {
         ended_early(&self.run_uid, &self.service, failure, clock)
     }
 
-    fn begin(&self, host: &Host) -> Result<(RunFolder, Lock), Failure> {
-        if uuid::Uuid::parse_str(&self.run_uid).is_err() {
+    /// Everything that can be refused without looking at the source is refused before there is a folder:
+    /// whoever asks in vain leaves nothing behind.
+    fn begin(&self, host: &Host, clock: &SharedClock) -> Result<(Lock, RunFolder, Lock), Failure> {
+        if !is_run_id(&self.run_uid) {
             return Err(Failure::new(ErrorClass::Refused, "the run id is not a UUID"));
         }
         let free = files::free_bytes(&host.state_dir).map_err(|e| state_failure(&e))?;
@@ -244,8 +253,22 @@ impl Asked {
             );
             return Err(Failure::new(ErrorClass::StateFull, message));
         }
-        let begun = Ledger::of(&host.state_dir).begin(&self.run_uid).map_err(|e| state_failure(&e))?;
-        begun.ok_or_else(|| Failure::new(ErrorClass::Refused, "this run was begun before"))
+        let admitted = Admitted::of(host, &self.service, &self.verb)?;
+        if admitted.needs == Needs::Confirmation {
+            let run = (self.run_uid.as_str(), self.service.as_str(), admitted.verb);
+            Confirmations::of(&host.state_dir).look(run, clock.now_ms())?;
+        }
+        let ledger = Ledger::of(&host.state_dir);
+        let service = ledger.lock_service(&self.service).map_err(|e| state_failure(&e))?;
+        let busy = || Failure::new(ErrorClass::Busy, format!("another run of service `{}` goes on", self.service));
+        let service = service.ok_or_else(busy)?;
+        // One that cannot be removed now is removed later.
+        if let Err(error) = ledger.tidy() {
+            tracing::warn!(event = "ledger_not_tidied", error = %error);
+        }
+        let begun = ledger.begin(&self.run_uid).map_err(|e| state_failure(&e))?;
+        let (folder, alive) = begun.ok_or_else(|| Failure::new(ErrorClass::Refused, "this run was begun before"))?;
+        Ok((service, folder, alive))
     }
 
     /// Plans and runs. Only what has a plan can have left anything behind.
@@ -265,10 +288,6 @@ impl Asked {
             let confirmed = Confirmations::of(&host.state_dir).take(run, clock.now_ms())?;
             tracing::info!(event = "run_confirmed", run_id = self.run_uid, by = confirmed.by);
         }
-        // Held until the run is over.
-        let service = Ledger::of(&host.state_dir).lock_service(&self.service).map_err(|e| state_failure(&e))?;
-        let busy = || Failure::new(ErrorClass::Busy, format!("another run of service `{}` goes on", self.service));
-        let _service = service.ok_or_else(busy)?;
         let whom = settle::For::Run { run_uid: &self.run_uid, service: &self.service };
         settle::settle_all(host, whom, &**clock).await.map_err(|e| state_failure(&e))?;
         let held_before = self.earlier_one(host)?;
