@@ -112,15 +112,19 @@ impl Runs {
     /// Brings to an end what an earlier daemon left: first everything is settled, then every unfinished run
     /// gets its end. New runs wait for the first round of this.
     pub async fn recover(&self) {
-        let drain = self.shared.parts.tasks.drain();
-        let left_by_another: BTreeSet<String> = match self.shared.parts.store.unfinished_runs().await {
+        let left_by_another = match self.shared.parts.store.unfinished_runs().await {
             Ok(rows) => rows.into_iter().map(|row| row.run_uid).collect(),
             Err(error) => {
                 tracing::error!(event = "runs_not_recovered", error = %error);
                 BTreeSet::new()
             }
         };
-        let mut open = left_by_another;
+        self.settle_until_ended(left_by_another).await;
+    }
+
+    /// Settles, and again from time to time, until each of the given runs has its end.
+    async fn settle_until_ended(&self, mut open: BTreeSet<String>) {
+        let drain = self.shared.parts.tasks.drain();
         loop {
             open = self.settle(open).await;
             self.shared.settled.send_replace(true);
@@ -296,27 +300,11 @@ impl Runs {
             Some(finished) => self.finish(wish, finished).await,
             None if drain.is_cancelled() => {}
             // The runner died without a word: settle what it left, and hear from its ledger.
-            None => self.settle_until_ended(run_uid).await,
+            None => self.settle_until_ended(BTreeSet::from([run_uid.to_owned()])).await,
         }
         drop(place);
         self.shared.parts.active.send_modify(|active| *active -= 1);
         self.shared.parts.progress.send_replace(None);
-    }
-
-    async fn settle_until_ended(&self, run_uid: &str) {
-        let drain = self.shared.parts.tasks.drain();
-        let mut open = BTreeSet::from([run_uid.to_owned()]);
-        loop {
-            open = self.settle(open).await;
-            if open.is_empty() {
-                return;
-            }
-            tracing::warn!(event = "runs_still_alive", runs = ?open);
-            tokio::select! {
-                () = drain.cancelled() => return,
-                () = tokio::time::sleep(ALIVE_LOOK) => {}
-            }
-        }
     }
 
     async fn follow_runner(&self, wish: &Wish, run_uid: &str) -> Option<Finished> {
