@@ -321,12 +321,13 @@ fn service_comes_back(hierarchy: Hierarchy) {
 
     // An upgrade waits for the thaw, keeps what was edited, and leaves active what was active.
     let newer = Packages::build(&site.folder.join("newer"), "0.1.1").agent;
-    let upgrade = site.frozen_during("upgrade", || install_started(&site.machine, &newer));
+    site.machine.offer(&newer);
+    let upgrade = site.frozen_during("apt upgrade", || site.machine.apt(&["upgrade"]).start());
     assert_eq!(upgrade.step.code, Some(0), "{}", upgrade.step);
     assert_eq!(installed_version(&site.machine), "0.1.1");
     assert!(site.machine.is_active("hestner-agent") && site.machine.is_active("hestner-guard.socket"));
     assert!(std::fs::read_to_string(&settings).expect("settings").starts_with("# edited"), "settings were overwritten");
-    site.assert_released("upgrade");
+    site.assert_released("apt upgrade");
     // It was the window that ended, not the upgrade that ended the run.
     site.assert_failed(&upgrade.run_uid, &["freeze_timeout"]);
     site.snapshot();
@@ -347,7 +348,7 @@ fn service_comes_back(hierarchy: Hierarchy) {
     wait_until("the key to be acknowledged", RUN_WITHIN, || {
         site.machine.run(&["hestner-agent", "keys", "--require-escrow"]).code == Some(0)
     });
-    let remove = site.while_frozen("apt remove", &["dpkg", "--remove", "hestner-agent"]);
+    let remove = site.frozen_during("apt remove", || site.machine.apt(&["remove", "hestner-agent"]).start());
     assert_eq!(remove.step.code, Some(0), "{}", remove.step);
     site.assert_released("apt remove");
     assert!(settings.exists() && site.machine.at("/var/lib/hestner-agent/keys").exists());
@@ -358,17 +359,12 @@ fn service_comes_back(hierarchy: Hierarchy) {
     site.assert_failed(&remove.run_uid, &["interrupted", "cancelled"]);
     site.snapshot();
 
-    let purge = site.while_frozen("apt purge", &["dpkg", "--purge", "hestner-agent"]);
+    let purge = site.frozen_during("apt purge", || site.machine.apt(&["purge", "hestner-agent"]).start());
     assert_eq!(purge.step.code, Some(0), "{}", purge.step);
     site.assert_released("apt purge");
     assert!(purge.step.stderr.contains("kept every repository"), "{}", purge.step);
     assert_eq!(site.repositories(), runs, "a repository was touched");
     assert!(!settings.exists() && !site.machine.at("/var/lib/hestner-agent").exists(), "{}", purge.step);
-}
-
-fn install_started(machine: &Booted, package: &Path) -> Started {
-    std::fs::copy(package, machine.at("/root/newer.deb")).expect("a copy of the package");
-    machine.command(&["dpkg", "--force-confold", "-i", "/root/newer.deb"]).within(Duration::from_secs(240)).start()
 }
 
 pub(crate) fn installed_version(machine: &Booted) -> String {

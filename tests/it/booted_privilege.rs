@@ -209,6 +209,29 @@ fn units_are_as_fenced_as_their_work_allows() {
 }
 
 #[test]
+fn runner_keeps_what_the_configured_kinds_need_and_lays_down_the_rest() {
+    if !is_root_or_skips("runner_keeps_what_the_configured_kinds_need_and_lays_down_the_rest") {
+        return;
+    }
+    let site = Site::enrolled("privilege-kinds", Hierarchy::V2);
+    let m = &site.machine;
+    // No hook, no command, no point: files are read, and that is all.
+    let settings = m.at("/etc/hestner/agent.toml");
+    let text = std::fs::read_to_string(&settings).expect("settings");
+    let head = text.split("[service.point]").next().expect("a beginning");
+    files::write(&settings, format!("{head}[service.point]\nkind = \"none\"\n"));
+    m.ok(&["systemctl", "restart", "hestner-agent"]);
+    site.status();
+    let run = m.command(&["hestner-agent", "snapshot", "data", "--json"]).start();
+    // CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: capability.h has their numbers, 1 and 2.
+    wait_until("the runner to lay down the rest for good", Duration::from_secs(30), || {
+        m.left_of_the_bounding_set("runner").contains(&0b110)
+    });
+    let run = run.ended().any_json();
+    assert_eq!(run["status"], "success", "{run}");
+}
+
+#[test]
 fn daemon_that_stands_still_is_restarted_by_its_watchdog() {
     if !is_root_or_skips("daemon_that_stands_still_is_restarted_by_its_watchdog") {
         return;

@@ -124,6 +124,42 @@ impl Booted {
         self.command(&["dpkg", "--force-confold", "-i", &inside]).within(Duration::from_secs(180)).run()
     }
 
+    /// Offers a package to the machine's apt, from a repository that holds nothing else.
+    ///
+    /// # Panics
+    /// When apt does not take it.
+    pub fn offer(&self, package: &Path) {
+        let folder = self.at("/srv/apt");
+        std::fs::create_dir_all(&folder).expect("a folder");
+        std::fs::copy(package, folder.join("offered.deb")).expect("a copy of the package");
+        let control = Cmd::new("dpkg-deb").arg("--field").arg(package).ok();
+        let hash = Cmd::new("sha256sum").arg(package).ok();
+        let hash = hash.split_whitespace().next().expect("a hash");
+        let size = package.metadata().expect("the package").len();
+        let entry = format!("{}\nFilename: ./offered.deb\nSize: {size}\nSHA256: {hash}\n", control.trim_end());
+        files::write(folder.join("Packages"), entry);
+        files::write(self.at("/etc/apt/sources.list"), "deb [trusted=yes] file:/srv/apt ./\n");
+        self.ok(&["apt-get", "update"]);
+    }
+
+    /// `apt-get`, which asks nobody and keeps the settings that were edited.
+    pub fn apt(&self, words: &[&str]) -> Cmd {
+        let keep = ["apt-get", "--yes", "-o", "Dpkg::Options::=--force-confold"];
+        self.command(&[&keep, words].concat()).within(Duration::from_secs(240))
+    }
+
+    /// The capability bounding sets of our processes inside that are `word`, such as `runner`, as bits.
+    pub fn left_of_the_bounding_set(&self, word: &str) -> Vec<u64> {
+        let inside = self.left_inside();
+        let ours = processes::all().into_iter().filter(|p| inside.contains(&p.pid) && p.is_part(word));
+        ours.filter_map(|p| {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", p.pid)).ok()?;
+            let bits = status.lines().find_map(|line| line.strip_prefix("CapBnd:"))?;
+            u64::from_str_radix(bits.trim(), 16).ok()
+        })
+        .collect()
+    }
+
     /// One property of a unit.
     pub fn property(&self, unit: &str, name: &str) -> String {
         self.ok(&["systemctl", "show", "--value", "-p", name, unit]).trim().to_owned()

@@ -33,7 +33,7 @@ use crate::platform::process;
 use crate::run::messages::Failure;
 use crate::run::runner::Askers;
 use crate::run::worker::StreamEnds;
-use crate::run::{hook, runner, worker};
+use crate::run::{hook, privileges, runner, worker};
 
 /// Takes application-consistent snapshots on this server and proves it.
 #[derive(Parser)]
@@ -380,12 +380,14 @@ fn stream_ends(read: Option<i32>, write: Option<i32>) -> std::io::Result<Option<
 fn run_runner(config: &std::path::Path, guard_socket: Option<PathBuf>) -> Result<(), Complaint> {
     log::init_child();
     let settings = Settings::read(config).map_err(|error| Failure::new(error.class(), error.to_string()));
+    let host = settings.as_ref().map_err(Clone::clone).and_then(Settings::host);
+    // Only its unit says what is the most that a run may need; without one it is whatever the daemon's user may.
+    if let (Ok(host), Some(_)) = (&host, &guard_socket) {
+        privileges::lay_down_what_is_not_needed(host)
+            .map_err(|reason| Complaint::mend("runner_broken", reason, "look at the capabilities of its unit"))?;
+    }
     let told = runner::Told {
-        host: settings
-            .as_ref()
-            .map_err(Clone::clone)
-            .and_then(Settings::host)
-            .map(|h| h.started_with(config, guard_socket)),
+        host: host.map(|h| h.started_with(config, guard_socket)),
         askers: match &settings {
             Ok(settings) => settings.daemon_user().map_or(Askers::NobodyElse, Askers::Daemon),
             Err(_) => Askers::Anybody,

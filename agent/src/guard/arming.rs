@@ -8,6 +8,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
+use caps::Capability;
 use nix::sys::mman::{MlockAllFlags, mlockall};
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, fstatfs};
 
@@ -17,7 +18,7 @@ use super::journal::{Header, Journal};
 use super::messages::{Arm, Fault, MOUNTS_MAX, Mount};
 use super::mounted::{Mounted, device_of};
 use crate::platform::fsfreeze::monotonic;
-use crate::platform::{chain, trust};
+use crate::platform::{capabilities, chain, trust};
 
 /// How long a lock that recovery holds for a moment may be waited for.
 const LOCK_MAX: Duration = Duration::from_secs(1);
@@ -61,6 +62,7 @@ impl Ready {
         let may_freeze = !folders.is_empty();
         let journal = new_journal(&order, window, mounts)?;
         avoid_the_oom_killer();
+        lay_down_capabilities(may_freeze)?;
         let (reporter, reports) = reports(folders.len()).map_err(|e| Fault::failed("make a channel", e))?;
         let mut filesystems = Vec::new();
         for (index, (mount, folder)) in order.mounts.iter().zip(folders).enumerate() {
@@ -122,6 +124,14 @@ fn lock_memory(may_freeze: bool) -> Result<(), Fault> {
         Err(errno) if may_freeze => Err(Fault::failed("lock its memory", errno.desc())),
         _ => Ok(()),
     }
+}
+
+/// Freezing needs one capability and locking memory another; a window in which nothing is frozen needs none. Its
+/// threads and freezers come after this.
+fn lay_down_capabilities(may_freeze: bool) -> Result<(), Fault> {
+    let kept: &[Capability] = if may_freeze { &[Capability::CAP_SYS_ADMIN, Capability::CAP_IPC_LOCK] } else { &[] };
+    let kept = kept.iter().copied().collect();
+    capabilities::keep(&kept).map_err(|error| Fault::failed("lay down capabilities", error))
 }
 
 /// Asks the kernel to end somebody else when memory is short. Its unit asks for it as well.

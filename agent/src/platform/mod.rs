@@ -5,6 +5,7 @@
 //! what `clippy.toml` bans elsewhere.
 
 pub mod backoff;
+pub mod capabilities;
 pub mod clock;
 pub mod command;
 pub mod failpoint;
