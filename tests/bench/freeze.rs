@@ -35,8 +35,6 @@ const FREEZABLE: [&str; 3] = ["ext4", "xfs", "btrfs"];
 const SHARING: [&str; 2] = ["xfs", "btrfs"];
 /// Files of a tree that is copied.
 const FILES: usize = 1_000;
-/// It takes a second each, and there is nothing to find in the hundredth.
-const STOPS_MAX: u32 = 40;
 /// A freeze soon after another one is up to ten times as fast: the kernel's locks need no grace period of RCU
 /// then (rcu_sync in percpu_rwsem). A service is not frozen ten times a second, so both are measured later.
 const BETWEEN_FREEZES: Duration = Duration::from_millis(120);
@@ -76,8 +74,7 @@ pub(crate) fn run(rounds: u32, only: &str) -> anyhow::Result<Bench> {
         bench.rows.extend(whole::run(rounds)?);
     }
     let remark = format!(
-        "{rounds} points of each kind (docker stop {}, runner killed {}, whole runs {}), ours and by hand in turns, beside somebody who writes and syncs",
-        rounds.min(STOPS_MAX),
+        "{rounds} points of each kind (runner killed {}, whole runs {}), ours and by hand in turns, beside somebody who writes and syncs",
         rounds.min(KILLS_MAX),
         rounds.min(RUNS_MAX)
     );
@@ -176,8 +173,7 @@ impl Freeze<'_> {
             docker.run_writer("stopped", &folder);
             let point = json!({"kind": "none", "containers": ["stopped"], "hold": "stop"});
             let service = point::service(point, &folder)?;
-            let rounds = self.rounds.min(STOPS_MAX);
-            let times = self.in_turns(stop, rounds, |points| points.take(&service), || by_hand.stop("stopped"))?;
+            let times = self.in_turns(stop, self.rounds, |points| points.take(&service), || by_hand.stop("stopped"))?;
             self.add(stop, "POST stop, POST start", times);
         }
         Ok(())

@@ -8,7 +8,9 @@ use nix::sys::signal::Signal;
 use hestner_tests::docker::Docker;
 use hestner_tests::mounts::Mounted;
 use hestner_tests::restic::FaultyRestic;
-use hestner_tests::{Agent, AgentBuilder, Run, Service, World, files, is_root_or_skips, processes, tree, wait_until};
+use hestner_tests::{
+    Agent, AgentBuilder, Hook, Run, Service, World, files, is_root_or_skips, processes, tree, wait_until,
+};
 
 /// How soon a container runs again after whoever held it died.
 const RUNS_AGAIN: Duration = Duration::from_secs(30);
@@ -296,6 +298,73 @@ fn container_that_is_being_stopped_when_its_run_dies_runs_again() {
     });
     agent.wait_last_run_ended().assert_failed("interrupted");
     agent.assert_repository_holds(&[]);
+}
+
+#[test]
+fn stopped_container_that_a_run_owes_is_started_after_a_reboot() {
+    if !is_root_or_skips("stopped_container_that_a_run_owes_is_started_after_a_reboot") {
+        return;
+    }
+    let held = held("containers-reboot", "ext4");
+    held.docker.run_writer("db", &held.source);
+    held.docker.run("stopped", &[], &["/bin/sleep", "5000"]);
+    held.docker.docker(&["stop", "-t", "0", "stopped"]).ok();
+    let notes = held.world.at("notes");
+    let note = files::write_script(held.world.at("hooks/note"), &format!("echo $1 >> {}", notes.display()));
+    let note = note.display().to_string();
+    let service = service(&held.source, "\"db\", \"stopped\"")
+        .point_line("hold = \"stop\"")
+        .hook(Hook::new("app").pre(&[&note, "pre"]).post(&[&note, "post"]));
+    let faulty = FaultyRestic::new(&held.world.at("bin"));
+    let mut agent = held.agent().restic(&faulty).allowed(service).started();
+    faulty.hang_on("backup");
+    let begun = agent.cli(&["snapshot", "docs", "--detach", "--json"]).json();
+    let uid = begun["run_uid"].as_str().expect("a run").to_owned();
+    faulty.wait_reached("backup");
+    assert_eq!(held.docker.status("db"), "exited");
+    // A power cut: nobody is left who could let anything go.
+    let below = processes::descendants(agent.pid());
+    below.iter().for_each(|process| processes::send(process.pid, Signal::SIGSTOP));
+    agent.kill9();
+    below.iter().for_each(|process| processes::kill(process.pid));
+    wait_until("all of them to be gone", Duration::from_secs(20), || below.iter().all(|p| !processes::is_alive(p.pid)));
+    assert_eq!((held.docker.status("db").as_str(), files::lines(&notes)), ("exited", vec!["pre".to_owned()]));
+    agent.seem_rebooted(&uid, &["hold.journal", "hook.journal"]);
+    faulty.heal("backup");
+    agent.start();
+    held.wait_runs("db");
+    agent.wait_last_run_ended().assert_failed("interrupted");
+    assert_eq!(held.docker.status("stopped"), "exited", "what was stopped before stays so");
+    assert_eq!(files::lines(&notes), ["pre", "post"]);
+    agent.wait_repository_holds(&[]);
+}
+
+#[test]
+fn container_that_somebody_else_lets_go_is_no_point_in_time() {
+    if !is_root_or_skips("container_that_somebody_else_lets_go_is_no_point_in_time") {
+        return;
+    }
+    let held = held("containers-touched", "ext4");
+    held.docker.run_writer("db", &held.source);
+    let faulty = FaultyRestic::new(&held.world.at("bin"));
+    let service = service(&held.source, "\"db\"").point_line("hold = \"stop\"");
+    let agent = held.agent().restic(&faulty).allowed(service).started();
+    // Still running when it is let go, or stopped again by then: either way it wrote meanwhile.
+    for stops_again in [false, true] {
+        faulty.hang_on("backup");
+        let snapshot = agent.snapshot_started("docs");
+        faulty.wait_reached("backup");
+        held.docker.docker(&["start", "db"]).ok();
+        if stops_again {
+            held.docker.docker(&["stop", "db"]).ok();
+        }
+        faulty.heal("backup");
+        let run = snapshot.run();
+        run.assert_failed("point_failed");
+        assert!(run.text("error_message").contains("somebody else"), "{run:?}");
+        held.wait_runs("db");
+    }
+    agent.wait_repository_holds(&[]);
 }
 
 #[test]

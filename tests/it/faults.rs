@@ -29,6 +29,8 @@ enum Fault {
     KillGuard,
     KillRunnerAndGuard,
     KillDaemon,
+    /// And later goes on.
+    StopDaemon,
     /// All of the unit that runs it.
     KillCgroup,
     KillGuardCgroup,
@@ -80,10 +82,12 @@ impl Case {
             F::KillGuard | F::StopRunner | F::Hang if self.step == Step::Freezing => Ends::As(&["freeze_stuck"]),
             // The runner waits for the guard first; by then the freeze may have come back.
             F::StopGuard if self.step == Step::Freezing => Ends::As(&["guard_lost", "freeze_stuck"]),
+            // A guard of hooks gives each step its time, and this was not longer.
+            F::StopGuard if self.step.is_of_a_hook() => Ends::Well,
             F::KillGuard | F::KillGuardCgroup | F::StopGuard => Ends::As(&["guard_lost"]),
             // A runner that goes on cannot turn it into a success; where nothing was frozen it may go on.
             F::StopRunner | F::BlockRunner if self.step.is_frozen() => Ends::As(&["freeze_timeout"]),
-            F::StopRunner | F::BlockRunner => Ends::Well,
+            F::StopRunner | F::BlockRunner | F::StopDaemon => Ends::Well,
             F::Hang if self.step == Step::Command => Ends::As(&["freeze_timeout"]),
             F::Hang => Ends::As(&["hook_timeout"]),
             F::StateFull => Ends::As(&["state_full"]),
@@ -164,10 +168,20 @@ impl Lane {
         let at_failpoint = case.step.failpoint().is_some();
         match case.fault {
             Fault::KillRunner | Fault::KillBlockedRunner => processes::kill(stage.wait_runner(uid)),
-            Fault::KillGuard => processes::kill(stage.wait_guard()),
+            Fault::KillGuard => processes::kill(stage.wait_guard(uid)),
             Fault::KillRunnerAndGuard => {
-                let both = [stage.wait_runner(uid), stage.wait_guard()];
-                kill_at_once(&both);
+                stage.wait_guard(uid);
+                kill_at_once(&[stage.guards(uid), vec![stage.wait_runner(uid)]].concat());
+            }
+            Fault::StopDaemon => {
+                let daemon = stage.agent.pid();
+                processes::send(daemon, Signal::SIGSTOP);
+                if at_failpoint {
+                    processes::send(stage.wait_runner(uid), Signal::SIGCONT);
+                }
+                stage.go_on();
+                clock::let_pass(STOPPED);
+                processes::send(daemon, Signal::SIGCONT);
             }
             Fault::KillDaemon => stage.agent.kill9(),
             Fault::KillCgroup | Fault::KillBlockedCgroup => assert!(self.kill_unit(Unit::Run), "no runner's unit"),
@@ -185,7 +199,7 @@ impl Lane {
             }
             Fault::BlockRunner => clock::let_pass(STOPPED),
             Fault::StopGuard => {
-                let guard = stage.wait_guard();
+                let guard = stage.wait_guard(uid);
                 processes::send(guard, Signal::SIGSTOP);
                 if at_failpoint {
                     processes::send(stage.wait_runner(uid), Signal::SIGCONT);
@@ -280,10 +294,9 @@ impl Lane {
         let what = format!("{} {case}", self.name);
         println!("{what}");
         self.stage.forget_logs();
-        let begun = clock::monotonic();
         let (uid, write) = self.reach_freezing();
+        let past = clock::monotonic() + STOPPED;
         self.inflict(case, &uid);
-        let past = begun + STOPPED;
         clock::let_pass(past.saturating_sub(clock::monotonic()));
         let landed = clock::monotonic();
         write.end();
@@ -319,19 +332,22 @@ fn kill_at_once(pids: &[i32]) {
     pids.iter().for_each(|pid| processes::kill(*pid));
 }
 
-/// What can be done to a run of processes inside the window, wherever it stands there.
-const INSIDE: &[Fault] = &[
+/// What can be done to a run of processes wherever a guard is at work: in the window, and while hooks hold the
+/// service.
+const GUARDED: &[Fault] = &[
     Fault::KillRunner,
     Fault::KillGuard,
     Fault::KillRunnerAndGuard,
     Fault::KillDaemon,
+    Fault::StopDaemon,
     Fault::StopRunner,
     Fault::StopGuard,
     Fault::StateFull,
 ];
 
-/// The same where no guard is at work.
-const OUTSIDE: &[Fault] = &[Fault::KillRunner, Fault::KillDaemon, Fault::StopRunner, Fault::StateFull];
+/// The same where none is.
+const OUTSIDE: &[Fault] =
+    &[Fault::KillRunner, Fault::KillDaemon, Fault::StopDaemon, Fault::StopRunner, Fault::StateFull];
 
 fn on_processes(name: &str, filesystem: &str, cases: impl FnOnce(&mut Lane)) {
     if !is_root_or_skips(name) {
@@ -346,30 +362,30 @@ fn before_the_window(filesystem: &str) {
     on_processes("before", filesystem, |lane| {
         lane.all(Step::Planned, OUTSIDE);
         lane.all(Step::Planned, &[Fault::Panic]);
-        lane.all(Step::PreHook, OUTSIDE);
+        lane.all(Step::PreHook, GUARDED);
         lane.all(Step::PreHook, &[Fault::Hang]);
-        lane.all(Step::Armed, INSIDE);
+        lane.all(Step::Armed, GUARDED);
         lane.all(Step::Armed, &[Fault::Panic]);
     });
 }
 
 fn frozen(filesystem: &str) {
     on_processes("frozen", filesystem, |lane| {
-        lane.all(Step::Frozen, INSIDE);
+        lane.all(Step::Frozen, GUARDED);
         lane.all(Step::Frozen, &[Fault::Panic, Fault::KillBlockedRunner, Fault::BlockRunner]);
     });
 }
 
 fn in_the_command(filesystem: &str) {
     on_processes("command", filesystem, |lane| {
-        lane.all(Step::Command, INSIDE);
+        lane.all(Step::Command, GUARDED);
         lane.all(Step::Command, &[Fault::Hang]);
     });
 }
 
 fn after_the_command(filesystem: &str) {
     on_processes("taken", filesystem, |lane| {
-        lane.all(Step::Taken, INSIDE);
+        lane.all(Step::Taken, GUARDED);
         lane.all(Step::Taken, &[Fault::Panic, Fault::KillBlockedRunner, Fault::BlockRunner]);
     });
 }
@@ -378,9 +394,10 @@ fn after_the_window(filesystem: &str) {
     on_processes("after", filesystem, |lane| {
         lane.all(Step::Thawed, OUTSIDE);
         lane.all(Step::Thawed, &[Fault::Panic]);
-        lane.all(Step::PostHook, OUTSIDE);
+        lane.all(Step::PostHook, GUARDED);
         lane.all(Step::PostHook, &[Fault::Hang]);
         lane.all(Step::Archive, OUTSIDE);
+        lane.all(Step::Archive, &[Fault::Panic]);
     });
 }
 
@@ -405,6 +422,15 @@ fn in_units(filesystem: &str) {
         }
         lane.all(Step::Frozen, &[Fault::KillBlockedCgroup]);
         lane.all(Step::Command, &[Fault::KillRunner, Fault::KillGuard, Fault::KillDaemon, Fault::StopRunner]);
+        for step in [Step::Planned, Step::Armed, Step::Frozen, Step::Taken, Step::Thawed, Step::Archive] {
+            lane.all(step, &[Fault::Panic]);
+        }
+        for step in [Step::PreHook, Step::Frozen, Step::Command, Step::PostHook, Step::Archive] {
+            lane.all(step, &[Fault::StateFull]);
+        }
+        for fault in [Fault::StopRunner, Fault::Hang, Fault::KillCgroup] {
+            lane.in_flight(fault);
+        }
         lane.end();
     }
 }

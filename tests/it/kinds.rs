@@ -401,20 +401,35 @@ impl Played {
         let copy = format!("cp -a {}/. $HERE/copy/", disk.path().display());
         script(
             "lvcreate",
-            &format!("mkdir $HERE/copy && {copy} && echo -n $3 >$HERE/name; [ -e $HERE/hang ] && sleep 300; exit 0"),
+            // As LVM does it: the volume, and the device below it, are suspended meanwhile.
+            &format!(
+                "touch $HERE/suspended-vg0-data $HERE/suspended-vg0-data-real\n\
+                 mkdir $HERE/copy && {copy} && echo -n $3 >$HERE/name\n\
+                 [ -e $HERE/hang ] && sleep 300\n\
+                 rm -f $HERE/suspended-*\nexit 0"
+            ),
+        );
+        script(
+            "dmsetup",
+            "for device; do :; done\n\
+             case $1 in\n\
+             info) if [ -e $HERE/suspended-$device ]; then echo Suspended; else echo Active; fi;;\n\
+             resume) rm $HERE/suspended-$device;;\n\
+             esac",
         );
         script("lvremove", "rm -rf $HERE/copy $HERE/name");
         script(
             "zfs",
             &format!(
                 "case \"$1 $2 $4\" in\n\
-                 'list -Hp filesystem') printf '{}\\t{}\\tyes\\n';;\n\
+                 'list -Hp filesystem') [ -e $HERE/away ] || if [ $6 = name ]; then echo {pool}; else printf '{}\\t{}\\tyes\\n'; fi;;\n\
                  'list -Hp snapshot') [ ! -e $HERE/name ] || cat $HERE/name;;\n\
                  snapshot*) mkdir $HERE/copy && {copy} && echo $2 >$HERE/name;;\n\
                  destroy*) rm -rf $HERE/copy $HERE/name;;\n\
                  esac",
                 dataset(disk),
-                disk.path().display()
+                disk.path().display(),
+                pool = dataset(disk).split('/').next().unwrap_or_default(),
             ),
         );
         script("mount", "for last; do :; done; exec mount --bind -o ro $HERE/copy $last");
@@ -423,7 +438,7 @@ impl Played {
     }
 
     fn agent(&self, builder: hestner_tests::AgentBuilder) -> hestner_tests::AgentBuilder {
-        ["lvs", "lvcreate", "lvremove", "zfs", "mount", "umount"]
+        ["lvs", "lvcreate", "lvremove", "dmsetup", "zfs", "mount", "umount"]
             .into_iter()
             .fold(builder, |builder, name| builder.setting("freeze", &format!("{name} = {:?}", self.folder.join(name))))
     }
@@ -431,7 +446,7 @@ impl Played {
     /// Calls that change something, with the run's id replaced.
     fn calls(&self, run: &Run) -> Vec<String> {
         let all = files::lines(&self.folder.join("calls")).into_iter();
-        let looks = |line: &String| line.starts_with("lvs ") || line.starts_with("zfs list");
+        let looks = |line: &String| ["lvs ", "zfs list", "dmsetup info"].iter().any(|look| line.starts_with(look));
         all.filter(|line| !looks(line)).map(|line| line.replace(run.uid(), "RUN")).collect()
     }
 
@@ -515,6 +530,11 @@ fn logical_volume_is_snapshotted_mounted_read_and_removed() {
         faulty.heal("backup");
         let _ = std::fs::remove_file(world.at("played/hang"));
         assert!(!played.is_clean(), "{hang}");
+        let suspended = || world.at("played/suspended-vg0-data").exists();
+        assert_eq!(suspended(), hang == "lvcreate", "whoever writes to the volume waits");
+        // Before anything else, and without the daemon.
+        agent.cli(&["thaw"]).ok();
+        assert!(!suspended() && !world.at("played/suspended-vg0-data-real").exists());
         agent.start();
         wait_until("the snapshot to be gone", Duration::from_secs(60), || played.is_clean() && mounts(&world) == held);
     }

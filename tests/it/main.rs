@@ -18,6 +18,7 @@ mod faults;
 mod fidelity;
 mod grants;
 mod guard;
+mod hook_guard;
 mod hooks;
 mod inventory;
 mod journey;

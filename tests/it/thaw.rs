@@ -243,13 +243,14 @@ fn runner_that_stands_still_is_thawed_and_released_without_it_and_cannot_succeed
 /// Runner, guard and daemon are dead at once; the filesystem is frozen and nobody is there to thaw it.
 fn all_dead_inside_the_window(stage: &mut Stage) -> String {
     let uid = stage.run_until(Step::Command);
-    let (runner, guard) = (stage.wait_runner(&uid), stage.wait_guard());
+    let all = [stage.guards(&uid), vec![stage.wait_runner(&uid)]].concat();
+    assert_eq!(all.len(), 3, "the guards of filesystem and hooks, and the runner");
     let below = processes::descendants(stage.agent.pid());
     // At one stroke, so that none can thaw for the others.
-    [runner, guard].iter().for_each(|pid| processes::send(*pid, Signal::SIGSTOP));
-    wait_until("both to stand still", WINDOW, || [runner, guard].iter().all(|pid| processes::is_stopped(*pid)));
+    all.iter().for_each(|pid| processes::send(*pid, Signal::SIGSTOP));
+    wait_until("all to stand still", WINDOW, || all.iter().all(|pid| processes::is_stopped(*pid)));
     stage.agent.kill9();
-    [runner, guard].iter().for_each(|pid| processes::kill(*pid));
+    all.iter().for_each(|pid| processes::kill(*pid));
     below.iter().for_each(|process| processes::kill(process.pid));
     wait_until("all of them to be gone", Duration::from_secs(20), || {
         ["runner", "guard", "hook"].iter().all(|word| stage.parts(word).is_empty())
@@ -286,12 +287,7 @@ fn start_of_the_daemon_thaws_what_nobody_else_has() {
 fn after_a_reboot_nothing_is_thawed_and_every_release_that_is_owed_runs() {
     let Some(mut stage) = on_stage("thaw-reboot") else { return };
     let uid = all_dead_inside_the_window(&mut stage);
-    let journal = stage.agent.state().join("runs").join(&uid).join("freeze.journal");
-    let text = std::fs::read_to_string(&journal).expect("the guard's record");
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").expect("the boot id");
-    let other = "00000000-0000-4000-8000-000000000000";
-    assert!(text.contains(boot.trim()), "the record names the life of the machine: {text}");
-    files::write(&journal, text.replace(boot.trim(), other));
+    stage.agent.seem_rebooted(&uid, &["freeze.journal", "hook.journal"]);
     // Whatever is frozen now was frozen by somebody else, after the reboot.
     let told = stage.agent.cli(&["thaw", "--json"]).json();
     assert!(stage.disk.is_frozen(), "an earlier life's record thaws nothing: {told}");

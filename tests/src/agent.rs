@@ -39,6 +39,20 @@ pub struct Agent {
 }
 
 impl Agent {
+    /// Makes a run's guards seem to have lived before the machine was booted.
+    ///
+    /// # Panics
+    /// When a record is not there, or does not name this life of the machine.
+    pub fn seem_rebooted(&self, uid: &str, journals: &[&str]) {
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").expect("the boot id");
+        for journal in journals {
+            let journal = self.state().join("runs").join(uid).join(journal);
+            let text = std::fs::read_to_string(&journal).expect("a guard's record");
+            assert!(text.contains(boot.trim()), "the record names the life of the machine: {text}");
+            files::write(&journal, text.replace(boot.trim(), "00000000-0000-4000-8000-000000000000"));
+        }
+    }
+
     /// Writes the files of an agent to be.
     pub(crate) fn written(builder: AgentBuilder) -> Self {
         let agent = Self {

@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use crate::booted::Hierarchy;
 use crate::clock::{self, wait_for, wait_until};
-use crate::command::Cmd;
 use crate::mounts::Mounted;
 use crate::processes::{self, Process};
 use crate::restic::FaultyRestic;
@@ -62,9 +61,19 @@ impl Step {
         }
     }
 
+    /// Where a runner can panic on its way into the step.
+    fn panics_at(self) -> Option<&'static str> {
+        if self == Self::Archive { Some("archiving") } else { self.failpoint() }
+    }
+
     /// Whether the filesystem is frozen there.
     pub fn is_frozen(self) -> bool {
         matches!(self, Self::Frozen | Self::Command | Self::Taken)
+    }
+
+    /// Whether a hook runs there.
+    pub fn is_of_a_hook(self) -> bool {
+        matches!(self, Self::PreHook | Self::PostHook)
     }
 
     /// The program of ours that waits there.
@@ -160,7 +169,8 @@ impl Stage {
 
     /// Starts a run whose runner does `action` at a step inside itself, and gives its id once it stands there.
     pub fn run_until_failpoint(&self, step: Step, action: &str) -> String {
-        let name = step.failpoint().unwrap_or_else(|| panic!("{step:?} is not inside the runner"));
+        let name = if action == "panic" { step.panics_at() } else { step.failpoint() };
+        let name = name.unwrap_or_else(|| panic!("{step:?} is not inside the runner"));
         let file = files::write(self.agent.state().join("failpoint"), format!("{name} {action}"));
         let uid = self.begin();
         if action == "panic" {
@@ -259,9 +269,20 @@ impl Stage {
         wait_for("the runner", REACHED_WITHIN, || self.runner_of(uid)).pid
     }
 
-    /// The guard.
-    pub fn wait_guard(&self) -> i32 {
-        wait_for("the guard", REACHED_WITHIN, || self.parts("guard").pop()).pid
+    /// The guards of a run: that of the filesystem first, if there is one, then that of the hooks.
+    pub fn guards(&self, uid: &str) -> Vec<i32> {
+        let folder = self.agent.state().join("runs").join(uid);
+        let guards = self.parts("guard");
+        let of = |journal: &str| {
+            let journal = folder.join(journal);
+            guards.iter().find(|guard| processes::has_open(guard.pid, &journal)).map(|guard| guard.pid)
+        };
+        ["freeze.journal", "hook.journal"].into_iter().filter_map(of).collect()
+    }
+
+    /// The guard that matters most at the run's step: of the filesystem, or else of the hooks.
+    pub fn wait_guard(&self, uid: &str) -> i32 {
+        wait_for("the guard", REACHED_WITHIN, || self.guards(uid).first().copied())
     }
 
     /// The processes that call FIFREEZE: they hold the guard's record open.
@@ -306,23 +327,28 @@ impl Stage {
         left
     }
 
-    /// Fills the filesystem of the agent's state to the last block, without writing much: it may be done inside
-    /// a frozen window.
+    /// Fills the filesystem of the agent's state to the last block, at once and without writing: it is done inside a
+    /// frozen window.
+    ///
+    /// # Panics
+    /// When the filesystem cannot be looked at.
     pub fn fill_state(&self) {
-        let file = self.state_disk.path().join("filler");
-        let free = Cmd::new("df").args(["--output=avail", "-B1"]).arg(self.state_disk.path()).ok();
-        let free = free.lines().last().expect("a number").trim().to_owned();
-        // Both fail when the disk is full, which is what they are for.
-        let _ = Cmd::new("fallocate").arg("-l").arg(free).arg(&file).run();
-        let rest = file.with_extension("rest");
-        let _ = Cmd::new("dd").args(["if=/dev/zero", "bs=1k"]).arg(format!("of={}", rest.display())).run();
+        let path = self.state_disk.path().join("filler");
+        let filler = std::fs::File::create(path).expect("a file");
+        let stat = nix::sys::statvfs::fstatvfs(&filler).expect("a filesystem");
+        let mut offset = 0;
+        let mut piece = i64::try_from(stat.blocks_free() * stat.fragment_size()).expect("a size");
+        while piece >= 1024 {
+            match nix::fcntl::fallocate(&filler, nix::fcntl::FallocateFlags::empty(), offset, piece) {
+                Ok(()) => offset += piece,
+                Err(_) => piece /= 2,
+            }
+        }
     }
 
     /// Makes room again.
     pub fn empty_state(&self) {
-        for name in ["filler", "filler.rest"] {
-            let _ = std::fs::remove_file(self.state_disk.path().join(name));
-        }
+        let _ = std::fs::remove_file(self.state_disk.path().join("filler"));
     }
 }
 

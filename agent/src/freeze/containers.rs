@@ -27,7 +27,12 @@ const STOP_SECONDS: u64 = 10;
 const ON_ITS_WAY: Duration = Duration::from_secs(3);
 const POLL: Duration = Duration::from_millis(20);
 /// How long one container may take to run again.
-const LET_GO: Duration = Duration::from_secs(60);
+pub(super) const LET_GO: Duration = Duration::from_secs(60);
+/// How long asking Docker about the containers of a service may take, beside holding them.
+pub(super) const ASKED_WITHIN: Duration = Duration::from_secs(20);
+/// How long recovery waits for a Docker that is just being started again.
+const DOCKER_BACK: Duration = Duration::from_secs(20);
+const DOCKER_PAUSE: Duration = Duration::from_millis(200);
 /// What a process ends with that SIGKILL ended.
 const KILLED: i64 = 137;
 
@@ -71,6 +76,17 @@ impl Link {
     }
 
     /// `None`: there is no such container.
+    /// As [`Self::open`], patiently.
+    async fn open_again(socket: &Path) -> Result<Self, PointError> {
+        let give_up = Instant::now() + DOCKER_BACK;
+        loop {
+            match Self::open(socket, LET_GO.as_secs()).await {
+                Err(_) if Instant::now() < give_up => tokio::time::sleep(DOCKER_PAUSE).await,
+                other => return other,
+            }
+        }
+    }
+
     async fn inspect(&self, name: &str) -> Result<Option<ContainerInspectResponse>, PointError> {
         let asked = self.docker.inspect_container(name, None::<InspectContainerOptions>);
         match tokio::time::timeout(Duration::from_secs(ANSWER_SECONDS), asked).await {
@@ -94,6 +110,10 @@ fn no_answer(socket: &Path) -> PointError {
 
 fn status_of(found: &ContainerInspectResponse) -> Option<Status> {
     found.state.as_ref().and_then(|state| state.status)
+}
+
+fn started_at(found: ContainerInspectResponse) -> Option<String> {
+    found.state?.started_at
 }
 
 /// Looks at the containers of a service. What is not running is named in the remarks and left alone.
@@ -146,8 +166,8 @@ fn participle(hold: Hold) -> &'static str {
 pub(super) struct Held {
     /// Open from before the window to after it: asking for one takes as long as pausing.
     link: Option<Link>,
-    /// Places in the list of those that are running and claimed, in order.
-    claimed: Vec<usize>,
+    /// Those that are running and claimed, in order.
+    claimed: Vec<Claimed>,
     /// How many of them Docker was asked to hold.
     asked: usize,
     /// How many of them are held.
@@ -156,6 +176,15 @@ pub(super) struct Held {
     pub(super) killed: Vec<String>,
     /// What people may want to know.
     pub(super) remarks: Vec<String>,
+}
+
+/// A container that is about to be held.
+#[derive(Debug)]
+struct Claimed {
+    /// Its place in the list.
+    place: usize,
+    /// When it was started, as Docker says it: another answer later means that somebody else started it.
+    started_at: Option<String>,
 }
 
 impl Containers {
@@ -170,7 +199,7 @@ impl Containers {
             let now = link.inspect(&container.id).await?;
             if now.as_ref().and_then(status_of) == Some(Status::RUNNING) {
                 files::create_new(&claim(folder, place), container.name.as_bytes())?;
-                held.claimed.push(place);
+                held.claimed.push(Claimed { place, started_at: now.and_then(started_at) });
             } else {
                 let name = &container.name;
                 held.remarks.push(format!("container {name} was not running any more and was left as it was"));
@@ -187,7 +216,7 @@ impl Containers {
     pub(super) async fn hold(&self, folder: &Path, limit: Duration, held: &mut Held) -> Result<(), PointError> {
         let Held { link: Some(link), claimed, asked, held: so_far, killed, .. } = held else { return Ok(()) };
         let holding = async {
-            for place in claimed.iter() {
+            for Claimed { place, .. } in claimed.iter() {
                 let container = &self.running[*place];
                 *asked += 1;
                 let begun = Instant::now();
@@ -206,18 +235,21 @@ impl Containers {
         in_time.unwrap_or(Err(PointError::HeldTooLong { limit, in_doubt: false }))
     }
 
-    /// Lets go whatever was held, the last first. All are tried; the first error is returned.
+    /// Lets go whatever was held, the last first: it may need those before it. All are tried; the first error is
+    /// returned.
     ///
     /// # Errors
-    /// When one cannot be let go.
+    /// When one cannot be let go, or was not held all the time.
     pub(super) async fn let_go(&self, folder: &Path, held: &Held) -> Result<(), PointError> {
         let Some(link) = held.link.as_ref().filter(|_| held.held == held.asked) else {
             // It broke off while one was asked for: somebody has to look how far that came.
             return self.recover(folder).await;
         };
         let mut first = Ok(());
-        for place in held.claimed[..held.held].iter().rev() {
-            first = first.and(self.running[*place].let_go(link).await);
+        for Claimed { place, started_at } in held.claimed[..held.held].iter().rev() {
+            let container = &self.running[*place];
+            let untouched = container.check_untouched(link, started_at.as_deref()).await;
+            first = first.and(container.let_go(link).await).and(untouched);
         }
         first
     }
@@ -231,20 +263,20 @@ impl Containers {
         if claimed.is_empty() {
             return Ok(());
         }
-        let link = Link::open(&self.socket, LET_GO.as_secs()).await?;
-        // One request at most is on its way.
-        let under_way = claimed.iter().filter(|place| !done(folder, **place).exists());
-        let give_up = under_way.clone().map(|place| self.running[*place].time_under_way()).max();
-        let give_up = give_up.map(|time| Instant::now() + time);
+        let link = Link::open_again(&self.socket).await?;
+        let (held, not_yet): (Vec<usize>, Vec<usize>) =
+            claimed.into_iter().partition(|place| done(folder, *place).exists());
         let mut first = Ok(());
-        for place in claimed.iter().rev() {
+        for place in held.into_iter().rev() {
+            first = first.and(self.running[place].let_go_if_held(&link).await);
+        }
+        // They are held one after the other, so that one request at most is on its way. Nobody waits for that one
+        // but itself.
+        if let Some(place) = not_yet.first() {
             let container = &self.running[*place];
-            if let Some(give_up) = give_up.filter(|_| !done(folder, *place).exists()) {
-                container.wait_until_held(&link, give_up).await?;
-            }
-            if container.is_held(&link).await? == Some(true) {
-                first = first.and(container.let_go(&link).await);
-            }
+            let give_up = Instant::now() + container.time_under_way();
+            first = first.and(container.wait_until_held(&link, give_up).await);
+            first = first.and(container.let_go_if_held(&link).await);
         }
         first
     }
@@ -291,12 +323,31 @@ impl Container {
 
     /// Whether it is held as we hold it; `None`: it is gone.
     async fn is_held(&self, link: &Link) -> Result<Option<bool>, PointError> {
-        let Some(found) = link.inspect(&self.id).await? else { return Ok(None) };
-        let status = status_of(&found);
-        Ok(Some(match self.hold {
+        Ok(link.inspect(&self.id).await?.map(|found| self.is_held_by(&found)))
+    }
+
+    fn is_held_by(&self, found: &ContainerInspectResponse) -> bool {
+        let status = status_of(found);
+        match self.hold {
             Hold::Pause => status == Some(Status::PAUSED),
             Hold::Stop => !matches!(status, Some(Status::RUNNING | Status::RESTARTING | Status::PAUSED)),
-        }))
+        }
+    }
+
+    /// Whether it is held as we have held it, and by nobody else's doing. One that is gone has written nothing.
+    async fn check_untouched(&self, link: &Link, since: Option<&str>) -> Result<(), PointError> {
+        let Some(found) = link.inspect(&self.id).await? else { return Ok(()) };
+        if self.is_held_by(&found) && started_at(found).as_deref() == since {
+            return Ok(());
+        }
+        Err(PointError::Touched { name: self.name.clone(), held: participle(self.hold) })
+    }
+
+    async fn let_go_if_held(&self, link: &Link) -> Result<(), PointError> {
+        match self.is_held(link).await? {
+            Some(true) => self.let_go(link).await,
+            _ => Ok(()),
+        }
     }
 
     /// How long a request to hold it may be under way after its sender died.

@@ -59,8 +59,9 @@ pub enum PointError {
         /// The one that would be snapshotted.
         above: PathBuf,
     },
-    /// What a note speaks of is not where it was, so that nobody can say whether the point is gone.
-    #[error("{0} is not mounted now; what was made in it is removed when it is")]
+    /// What a note speaks of is not where it was (a filesystem, a volume group, a pool), so that nobody can say
+    /// whether the point is gone.
+    #[error("{0} is not there now; what was made in it is removed when it is")]
     Away(PathBuf),
     /// The source's place cannot have the kind of point that the settings ask for.
     #[error("{path} cannot have a point of kind `{kind}`: {reason}")]
@@ -101,6 +102,16 @@ pub enum PointError {
         operation: &'static str,
         /// Why not, and what to do.
         reason: String,
+    },
+    /// Somebody else has continued or started a container that we held.
+    #[error(
+        "container `{name}` did not stay {held} until the point was taken: somebody else continued or started it, so that there is no point in time"
+    )]
+    Touched {
+        /// Its name.
+        name: String,
+        /// How it was held.
+        held: &'static str,
     },
     /// The window was over before the point was taken.
     #[error("the point was not taken within the {} s that the service may be held", limit.as_secs_f32())]

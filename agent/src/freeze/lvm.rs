@@ -36,6 +36,8 @@ pub struct LvmSnapshot {
     pub size: String,
     /// Percent of its room that it may use.
     pub usage_max: u8,
+    /// The program that resumes the volume; in the note, because whoever thaws reads no settings.
+    pub dmsetup: PathBuf,
     /// Where and how it is mounted to be read.
     pub view: View,
 }
@@ -80,6 +82,7 @@ pub(super) async fn plan(
                     pool: if found.is_thin() { found.pool_lv.clone() } else { String::new() },
                     size: point.snapshot_size.clone(),
                     usage_max: point.cow_usage_max,
+                    dmsetup: settings.dmsetup.clone(),
                     view: view.clone(),
                 });
                 view
@@ -125,16 +128,46 @@ impl LvmSnapshot {
         if used > u32::from(self.usage_max) { Err(overflow(used)) } else { Ok(()) }
     }
 
+    /// Lets the volume itself go on, if an `lvcreate` that was killed half-way has left it suspended: whoever writes
+    /// to it waits. Asks the device mapper, because LVM's own programs may wait for what is suspended.
+    ///
+    /// # Errors
+    /// When it is suspended and cannot be resumed.
+    pub(super) async fn resume(&self) -> Result<(), PointError> {
+        let origin = mapped_name(&self.group, &self.volume);
+        // With a snapshot, the volume is one device over another, and both are suspended.
+        for device in [format!("{origin}-real"), origin] {
+            let program = Program::new(&self.dmsetup).args(["info", "-c", "--noheadings", "-o", "suspended"]);
+            let output = program.arg(&device).env("LC_ALL", "C").run(b"", Limits::seconds(COMMAND_SECONDS)).await?;
+            // A device that is not there is not suspended.
+            if output.status.success() && String::from_utf8_lossy(&output.stdout).trim() == "Suspended" {
+                run("dmsetup", "resume", &device, Program::new(&self.dmsetup).args(["resume", &device])).await?;
+            }
+        }
+        Ok(())
+    }
+
     /// Unmounts and removes it; what is not there is fine.
     pub(super) async fn remove(&self, settings: &Settings) -> Result<(), PointError> {
+        let resumed = self.resume().await;
         self.view.close(settings).await?;
         let volumes = list(settings).await?;
+        if !volumes.iter().any(|v| v.vg_name == self.group) {
+            return Err(PointError::Away(format!("/dev/{}", self.group).into()));
+        }
+        resumed?;
         if !volumes.iter().any(|v| v.vg_name == self.group && v.lv_name == self.name) {
             return Ok(());
         }
         let program = Program::new(&settings.lvremove).args(["--yes", "--", &self.full_name()]);
         run("lvremove", "remove", &self.full_name(), program).await.map(drop)
     }
+}
+
+/// As the device mapper calls a logical volume (lvm(8)): hyphens inside the names are doubled.
+fn mapped_name(group: &str, volume: &str) -> String {
+    let escaped = |name: &str| name.replace('-', "--");
+    format!("{}-{}", escaped(group), escaped(volume))
 }
 
 /// One row of `lvs --reportformat json`: every value is a text.
@@ -251,6 +284,11 @@ mod tests {
     }
 
     #[test]
+    fn volume_is_named_as_the_device_mapper_names_it() {
+        assert_eq!(mapped_name("vg-data", "my-db"), "vg--data-my--db");
+    }
+
+    #[test]
     fn size_is_asked_for_in_extents_or_bytes_and_not_at_all_in_a_pool() {
         let view = View { what: String::new(), kind: "ext4".into(), point: PathBuf::new() };
         let snapshot = |size: &str, pool: &str| LvmSnapshot {
@@ -260,6 +298,7 @@ mod tests {
             pool: pool.into(),
             size: size.into(),
             usage_max: 80,
+            dmsetup: PathBuf::new(),
             view: view.clone(),
         };
         let words = |snapshot: LvmSnapshot| format!("{:?}", snapshot.program(&Settings::default()));

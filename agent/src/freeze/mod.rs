@@ -17,6 +17,7 @@
 mod btrfs;
 mod containers;
 mod error;
+mod hook_guard;
 mod lvm;
 mod own;
 mod plan;
@@ -37,6 +38,7 @@ use toml_example::TomlExample;
 
 pub use btrfs::Snapshot;
 pub use error::PointError;
+pub use hook_guard::HookGuard;
 pub use plan::{Bind, Intent, Made, PointPlan, programs, why_not_frozen};
 pub use protected::Protected;
 
@@ -69,6 +71,9 @@ pub struct Settings {
     /// Removes them.
     #[toml_example(default = "/usr/sbin/lvremove")]
     pub lvremove: PathBuf,
+    /// Continues a volume that a killed `lvcreate` has left suspended.
+    #[toml_example(default = "/usr/sbin/dmsetup")]
+    pub dmsetup: PathBuf,
     /// The ZFS program.
     #[toml_example(default = "/usr/sbin/zfs")]
     pub zfs: PathBuf,
@@ -97,6 +102,7 @@ impl Default for Settings {
             lvs: "/usr/sbin/lvs".into(),
             lvcreate: "/usr/sbin/lvcreate".into(),
             lvremove: "/usr/sbin/lvremove".into(),
+            dmsetup: "/usr/sbin/dmsetup".into(),
             zfs: "/usr/sbin/zfs".into(),
             mount: "/usr/bin/mount".into(),
             umount: "/usr/bin/umount".into(),
@@ -122,6 +128,7 @@ impl Settings {
             ("lvs", &self.lvs),
             ("lvcreate", &self.lvcreate),
             ("lvremove", &self.lvremove),
+            ("dmsetup", &self.dmsetup),
             ("zfs", &self.zfs),
             ("mount", &self.mount),
             ("umount", &self.umount),
@@ -146,18 +153,21 @@ pub struct Arming<'a> {
     pub alive: &'a (dyn AsFd + Sync),
     /// How a guard is had.
     pub start: &'a Start,
+    /// The guard of what hooks hold, if they do.
+    pub hook_guard: Option<&'a HookGuard>,
     /// Calls it off.
     pub stop: &'a CancellationToken,
 }
 
-/// The journals of a run's guards, whether they exist or not: of the one for frozen filesystems, and of the
-/// one for held containers. Recovery reads each of them.
+/// The journals of a run's guards, whether they exist or not: of the one for frozen filesystems, of the one for
+/// held containers, and of the one for what hooks hold. Recovery reads each of them.
 pub fn journals(folder: &Path) -> Vec<PathBuf> {
-    vec![folder.join(FREEZE_JOURNAL), folder.join(HOLD_JOURNAL)]
+    [FREEZE_JOURNAL, HOLD_JOURNAL, HOOK_JOURNAL].map(|name| folder.join(name)).to_vec()
 }
 
 const FREEZE_JOURNAL: &str = "freeze.journal";
 const HOLD_JOURNAL: &str = "hold.journal";
+const HOOK_JOURNAL: &str = "hook.journal";
 
 /// A service that is quiesced: its `pre_freeze` hooks have all ended well, its containers are held, its
 /// filesystems frozen, as far as the plan says so.
@@ -171,6 +181,8 @@ pub struct Frozen {
     alive: OwnedFd,
     held: Held,
     was_taken: bool,
+    /// The guard of hooks, where it is a child of ours.
+    hook_guard: Option<Pid>,
     /// Of the operator's command: its own start would cost more of the window than many a command.
     supervisor: Option<Waiting>,
     /// Watches the containers.
@@ -202,6 +214,7 @@ pub async fn freeze(plan: &PointPlan, arming: Arming<'_>) -> Result<Frozen, Poin
         alive,
         held: Held::default(),
         was_taken: false,
+        hook_guard: arming.hook_guard.and_then(HookGuard::pid),
         supervisor: None,
         hold_guard: None,
         freeze_guard: None,
@@ -218,11 +231,14 @@ pub async fn freeze(plan: &PointPlan, arming: Arming<'_>) -> Result<Frozen, Poin
 
 impl Frozen {
     async fn begin(&mut self, arming: Arming<'_>) -> Result<(), PointError> {
-        let Arming { stop, .. } = arming;
+        let Arming { stop, hook_guard, .. } = arming;
+        let step = |limit| hook_guard.map_or(Ok(()), |guard| guard.step(limit));
+        step(self.plan.armed_within())?;
         tokio::select! {
             armed = self.arm(arming) => armed?,
             () = stop.cancelled() => return Err(PointError::Stopped { in_doubt: false }),
         }
+        step(self.plan.held_within())?;
         if let Some(guard) = &mut self.hold_guard {
             let limit = self.plan.window();
             self.held = self.plan.containers.prepare(&self.folder, limit).await?;
@@ -233,10 +249,11 @@ impl Frozen {
             }
             tokio::select! {
                 held = self.plan.containers.hold(&self.folder, limit, &mut self.held) => held?,
-                () = guard.struck() => return Err(PointError::HeldTooLong { limit, in_doubt: false }),
+                _ = guard.struck() => return Err(PointError::HeldTooLong { limit, in_doubt: false }),
                 () = stop.cancelled() => return Err(PointError::Stopped { in_doubt: false }),
             }
             self.check_ends()?;
+            self.write_out(stop).await?;
         }
         if let Some(guard) = &mut self.freeze_guard {
             failpoint::at("armed");
@@ -269,6 +286,29 @@ impl Frozen {
         Ok(())
     }
 
+    /// Once more what containers have written while they stopped: else FIFREEZE would do it, in the window.
+    async fn write_out(&mut self, stop: &CancellationToken) -> Result<(), PointError> {
+        let limit = self.plan.window();
+        let (Some(guard), Some(Hold::Stop), false) =
+            (&mut self.hold_guard, self.plan.hold, self.plan.mounts.is_empty())
+        else {
+            return Ok(());
+        };
+        let mounts = self.plan.mounts.clone();
+        // Blocking, and nothing is frozen yet: whoever waits here keeps nobody from a thaw.
+        let writing = tokio::task::spawn_blocking(move || {
+            mounts.iter().try_for_each(|mount| {
+                let folder = std::fs::File::open(mount).map_err(files::failed("open", mount))?;
+                nix::unistd::syncfs(folder).map_err(|errno| files::failed("write out", mount)(errno.into()))
+            })
+        });
+        tokio::select! {
+            written = writing => Ok(written.unwrap_or(Ok(()))?),
+            _ = guard.struck() => Err(PointError::HeldTooLong { limit, in_doubt: false }),
+            () = stop.cancelled() => Err(PointError::Stopped { in_doubt: false }),
+        }
+    }
+
     /// A container that had to be killed has not closed its files.
     fn check_ends(&self) -> Result<(), PointError> {
         let reached = self.plan.reached(!self.held.killed.is_empty());
@@ -286,8 +326,7 @@ impl Frozen {
     pub async fn take(&mut self, settings: &Settings, stop: &CancellationToken) -> Result<(), PointError> {
         let plan = self.plan.clone();
         let ended = CancellationToken::new();
-        let spare: Vec<Pid> =
-            [&self.hold_guard, &self.freeze_guard].into_iter().flatten().filter_map(Guard::pid).collect();
+        let spare = self.guards();
         let call = Call { stop: &ended, alive: None, spare: &spare };
         let taking = take(&plan, settings, self.supervisor.take(), call);
         tokio::pin!(taking);
@@ -315,8 +354,16 @@ impl Frozen {
             thawed?;
         } else {
             thawing.await?;
+            // Before any hook is released; what cannot be done now is tried again with the removal.
+            let _ = resume_volumes(&plan.intent()).await;
         }
         Err(error)
+    }
+
+    /// Guards that are children of ours: to be spared when descendants are killed.
+    pub fn guards(&self) -> Vec<Pid> {
+        let guards = [&self.hold_guard, &self.freeze_guard].into_iter().flatten().filter_map(Guard::pid);
+        guards.chain(self.hook_guard).collect()
     }
 
     /// Completes when a guard or its deadline has ended the window: the point does not count any more.
@@ -353,7 +400,7 @@ impl Frozen {
 
 async fn struck(guard: &mut Option<Guard>) {
     match guard {
-        Some(guard) => guard.struck().await,
+        Some(guard) => drop(guard.struck().await),
         None => std::future::pending().await,
     }
 }
@@ -474,11 +521,23 @@ pub async fn remove_made(intent: &Intent, settings: &Settings) -> Result<(), Poi
     first
 }
 
-/// Lets go the containers that a run has held, by the claims in its folder; those that were not running
-/// before stay as they are. Idempotent, and right also after a reboot.
+/// Lets go what a run has held: volumes that a killed program has left suspended, and containers by the claims in
+/// the run's folder; those that were not running before stay as they are. Idempotent, and right also after a
+/// reboot.
 ///
 /// # Errors
-/// When a container cannot be let go.
+/// When something cannot be let go; all is tried.
 pub async fn resume_held(folder: &Path, intent: &Intent) -> Result<(), PointError> {
-    intent.containers.recover(folder).await
+    let resumed = resume_volumes(intent).await;
+    resumed.and(intent.containers.recover(folder).await)
+}
+
+async fn resume_volumes(intent: &Intent) -> Result<(), PointError> {
+    let mut first = Ok(());
+    for made in &intent.made {
+        if let Made::Lvm(snapshot) = made {
+            first = first.and(snapshot.resume().await);
+        }
+    }
+    first
 }

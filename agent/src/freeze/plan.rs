@@ -12,8 +12,15 @@ use super::own::{self, Commands};
 use super::reflink::{self, Place};
 use super::zfs::{self, ZfsSnapshot};
 use super::{PointError, Protected, Settings, Snapshot, btrfs, view};
+use crate::guard::client::ARM_MAX;
 use crate::platform::mounts::Mounts;
 use crate::policy::{Hold, PointKind, ServiceSettings, SourceKind};
+
+/// How long the order to thaw, and its answer, may take.
+const THAWED_WITHIN: Duration = Duration::from_secs(5);
+
+/// How long after its window a guard of filesystems may take to say how that ended.
+const FIRST_WORD: Duration = Duration::from_secs(1);
 
 /// How the point will be taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -172,6 +179,29 @@ impl PointPlan {
     /// How long containers may be held.
     pub(super) fn window(&self) -> Duration {
         if self.hold == Some(Hold::Stop) { self.downtime_max } else { self.window }
+    }
+
+    /// How long it may take until everything is ready to be held and frozen.
+    pub(super) fn armed_within(&self) -> Duration {
+        if self.mounts.is_empty() && self.containers.running.is_empty() { self.held_within() } else { ARM_MAX }
+    }
+
+    /// How long hooks may hold the service from then on, until the point is taken; with containers that are
+    /// stopped for the archive, until that is over.
+    pub(super) fn held_within(&self) -> Duration {
+        match self.taker {
+            Taker::Reflink(_) => self.window().max(self.downtime_max),
+            _ if self.hold.is_some() => self.window() + containers::ASKED_WITHIN,
+            // The guard of the filesystem has the first word: it knows more.
+            Taker::Own(_) => self.window() + FIRST_WORD,
+            _ => self.window(),
+        }
+    }
+
+    /// How long it may take to thaw and to let everything go.
+    pub fn let_go_within(&self) -> Duration {
+        let containers = if self.containers.running.is_empty() { Duration::ZERO } else { containers::LET_GO };
+        THAWED_WITHIN + containers
     }
 
     /// What is left as it is, and why no better consistency can be had here; for people.
@@ -389,7 +419,8 @@ pub fn programs(service: &ServiceSettings, settings: &Settings) -> Vec<PathBuf> 
         PointKind::Auto => [&settings.btrfs].into_iter().filter(|program| program.exists()).collect(),
         PointKind::Btrfs => vec![&settings.btrfs],
         PointKind::Lvm => {
-            vec![&settings.lvs, &settings.lvcreate, &settings.lvremove, &settings.mount, &settings.umount]
+            let Settings { lvs, lvcreate, lvremove, dmsetup, mount, umount, .. } = settings;
+            vec![lvs, lvcreate, lvremove, dmsetup, mount, umount]
         }
         PointKind::Zfs => vec![&settings.zfs, &settings.mount, &settings.umount],
         PointKind::Reflink => vec![&settings.cp],
@@ -480,6 +511,7 @@ mod tests {
             pool: String::new(),
             size: "2G".into(),
             usage_max: 80,
+            dmsetup: "/usr/sbin/dmsetup".into(),
             view,
         };
         for taker in [btrfs(2), own(), Taker::Lvm(vec![lvm])] {

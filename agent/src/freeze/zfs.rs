@@ -89,6 +89,13 @@ impl ZfsSnapshot {
     /// Unmounts and destroys it; what is not there is fine.
     pub(super) async fn remove(&self, settings: &Settings) -> Result<(), PointError> {
         self.view.close(settings).await?;
+        // A dataset that was destroyed took its snapshots along; a pool that is away has them still.
+        let pool = self.dataset.split('/').next().unwrap_or_default();
+        let pools = Program::new(&settings.zfs).args(["list", "-Hp", "-t", "filesystem", "-o", "name", "-d", "0"]);
+        let pools = run("list", "the pools", pools).await?;
+        if !String::from_utf8_lossy(&pools).lines().any(|line| line == pool) {
+            return Err(PointError::Away(pool.into()));
+        }
         let program = Program::new(&settings.zfs).args(["list", "-Hp", "-t", "snapshot", "-o", "name"]);
         let held = run("list the snapshots of", &self.dataset, program).await?;
         if !String::from_utf8_lossy(&held).lines().any(|line| line == self.name) {

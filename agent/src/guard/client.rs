@@ -22,7 +22,6 @@ use super::journal::boot_id;
 use super::link::{self, Link};
 use super::messages::{Answer, Arm, Fault, Mount, Order};
 use super::mounted::{open_folder, superblock_of};
-use super::process::ARM_MAX;
 use super::recovery;
 use crate::platform::command::Program;
 use crate::platform::files::{self, FileError};
@@ -32,6 +31,9 @@ use crate::platform::{fsfreeze, process};
 pub const FROZEN_MAX: Duration = Duration::from_secs(30);
 /// Hard ceiling of a window in which nothing is frozen, but something else is held.
 pub const HELD_MAX: Duration = Duration::from_secs(3600);
+
+/// How long it may take until everything is written out and a guard is ready.
+pub const ARM_MAX: Duration = Duration::from_secs(120);
 
 /// How a guard is had.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -249,6 +251,20 @@ impl Guard {
         self.hear(|said| *said == Said::Begun).await.map(drop)
     }
 
+    /// Another step begins now, which may take `window`, an hour at most; the time that was given to the step
+    /// before counts no more. For a guard without filesystems. Nothing is waited for: whether the guard has
+    /// agreed to all of it is said by [`Self::thaw`].
+    ///
+    /// # Errors
+    /// When the window before has ended already.
+    pub fn renew(&self, window: Duration) -> Result<(), GuardError> {
+        let now = fsfreeze::monotonic();
+        self.patience_ns.store(nanoseconds(now + window + GRACE), Ordering::SeqCst);
+        let _ = (&self.poke).write_all(&[0]);
+        let window_ms = u64::try_from(window.as_millis()).unwrap_or(u64::MAX);
+        self.order(&Order::Renew { given_ns: nanoseconds(now), window_ms })
+    }
+
     /// Freezes all filesystems. The window begins now, if it has not yet. On an error nothing of ours is
     /// frozen any more (but see [`GuardError::Stuck`]), and the guard is gone.
     ///
@@ -260,11 +276,17 @@ impl Guard {
         self.hear(|said| *said == Said::Frozen).await.map(drop)
     }
 
-    /// Completes when the window has ended otherwise than by [`Self::thaw`]; what was frozen is thawed then
+    /// Completes when the window has ended otherwise than by [`Self::thaw`], and says why; what was frozen is thawed then
     /// (but see [`GuardError::Stuck`]). Cancel-safe: it only waits, and completes again if asked again.
-    pub async fn struck(&mut self) {
-        // The listener is gone only after its last word.
-        let _ = self.said.wait_for(|said| matches!(said, Said::Ended(_))).await;
+    pub fn struck(&self) -> impl Future<Output = GuardError> + use<> {
+        let mut said = self.said.clone();
+        async move {
+            // The listener is gone only after its last word.
+            match said.wait_for(|said| matches!(said, Said::Ended(_))).await.as_deref() {
+                Ok(Said::Ended(fault)) => fault.clone().into(),
+                _ => GuardError::Lost,
+            }
+        }
     }
 
     /// Orders the thaw and waits for the guard's word.
@@ -284,13 +306,12 @@ impl Guard {
 
     /// Starts our own copy of the deadline, if it does not run yet; tells the time.
     fn start_patience(&self) -> u64 {
-        let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         let now = fsfreeze::monotonic();
-        let patience = ns(now + self.window + GRACE);
+        let patience = nanoseconds(now + self.window + GRACE);
         if self.patience_ns.compare_exchange(0, patience, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
             let _ = (&self.poke).write_all(&[0]);
         }
-        ns(now)
+        nanoseconds(now)
     }
 
     fn order(&self, order: &Order) -> Result<(), GuardError> {
@@ -309,6 +330,10 @@ impl Guard {
             Err(_) => Err(GuardError::Lost),
         }
     }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn unreachable(step: &str, source: io::Error) -> GuardError {

@@ -169,8 +169,13 @@ impl Journal {
     /// When there is one that cannot be read, or is none.
     pub(super) fn open(path: &Path) -> Result<Option<Self>, FileError> {
         let flags = (OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits();
-        let mut file = match OpenOptions::new().read(true).write(true).custom_flags(flags).open(path) {
+        let open = |writes| OpenOptions::new().read(true).write(writes).custom_flags(flags).open(path);
+        let mut file = match open(true) {
             Ok(file) => file,
+            // What it says is needed most when its disk has become read-only; what is done then is not noted.
+            Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+                open(false).map_err(files::failed("open", path))?
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(files::failed("open", path)(error)),
         };

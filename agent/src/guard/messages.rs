@@ -30,6 +30,13 @@ pub(super) enum Order {
         /// lengthen the window.
         given_ns: u64,
     },
+    /// Another step begins, with a time of its own; the window before is over. Only where nothing is frozen.
+    Renew {
+        /// As above.
+        given_ns: u64,
+        /// How long the step may take.
+        window_ms: u64,
+    },
     /// Freeze everything.
     Freeze {
         /// As above.

@@ -20,6 +20,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::time::TimeSpec;
 
 use super::arming::Ready;
+use super::client::{ARM_MAX, HELD_MAX};
 use super::filesystem::{Filesystem, Freezer, Happened, Reports};
 use super::freezer::Returned;
 use super::journal::{Journal, Outcome, State};
@@ -31,8 +32,6 @@ use crate::platform::process;
 
 /// How long whoever connects may take to say what to watch.
 const FIRST_ORDER_MAX: Duration = Duration::from_secs(10);
-/// How long it may take until everything is written out and ready.
-pub(super) const ARM_MAX: Duration = Duration::from_secs(120);
 /// A freeze or a thaw that has not come back so long after the window is called stuck: before the runner loses
 /// its patience, so that it hears why.
 const STUCK_AFTER: Duration = Duration::from_millis(150);
@@ -265,6 +264,9 @@ impl Guard {
                     self.begin(given_ns);
                     let _ = self.link.send(&Answer::Begun);
                 }
+                Ok(Some(Order::Renew { given_ns, window_ms })) if self.filesystems.is_empty() => {
+                    self.renew(given_ns, Duration::from_millis(window_ms));
+                }
                 Ok(Some(Order::Freeze { given_ns })) if self.phase == Phase::Armed => self.freeze(given_ns),
                 Ok(Some(Order::Thaw)) => self.thaw_by_order(),
                 // A runner that says what it must not say has lost its way.
@@ -274,12 +276,16 @@ impl Guard {
     }
 
     fn begin(&mut self, given_ns: u64) {
-        if self.begun.is_some() {
-            return;
+        if self.begun.is_none() {
+            self.renew(given_ns, self.window);
         }
+    }
+
+    fn renew(&mut self, given_ns: u64, window: Duration) {
         // An order that lay around while this process was stopped has used up its window.
         let given = Duration::from_nanos(given_ns).min(monotonic());
-        self.begun = Some(given);
+        self.begun.get_or_insert(given);
+        self.window = window.min(HELD_MAX);
         self.deadline = Some(given + self.window);
         // Without it only recovery beside a stopped guard is later.
         let _ = self.journal.set_deadline(given + self.window);

@@ -120,7 +120,7 @@ impl Thawing<'_> {
         let mut left = Left::default();
         let end = monotonic() + self.patience;
         let mounts = &self.journal.header.mounts;
-        let failed = loop {
+        let mut failed = loop {
             // Asked before the states: who has the lock sees the last ones.
             let is_alone = self.journal.try_lock()?;
             left.stuck.clear();
@@ -164,7 +164,8 @@ impl Thawing<'_> {
         };
         // A window that had begun and of whose end nobody has written ended now.
         if self.journal.deadline()?.is_some() && self.journal.outcome()? == Outcome::Open {
-            self.journal.set_outcome(self.by)?;
+            let noted = self.journal.set_outcome(self.by);
+            failed = failed.or(noted.err().map(GuardError::from));
         }
         failed.map_or(Ok(left), Err)
     }

@@ -46,13 +46,15 @@ pub(super) struct Producer<'a> {
     read: OwnedFd,
     write: Option<OwnedFd>,
     timeout: Duration,
+    /// Children of this process that have nothing to do with it.
+    spare: Vec<Pid>,
 }
 
 impl<'a> Producer<'a> {
-    pub(super) fn new(settings: &'a ServiceSettings, timeout: Duration) -> Result<Self, Failure> {
+    pub(super) fn new(settings: &'a ServiceSettings, timeout: Duration, spare: Vec<Pid>) -> Result<Self, Failure> {
         let pipe = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC);
         let (read, write) = pipe.map_err(|e| Failure::of(ErrorClass::ProducerFailed, &e))?;
-        Ok(Self { settings, read, write: Some(write), timeout })
+        Ok(Self { settings, read, write: Some(write), timeout, spare })
     }
 
     fn spec(&self, write: &OwnedFd) -> Spec {
@@ -108,7 +110,8 @@ impl Worker {
         let mut last = None;
         let mut producer_failure = None;
         let Self { child, orders, events } = &mut self;
-        let spare: Vec<Pid> = child.id().map(|pid| Pid::from_raw(pid.cast_signed())).into_iter().collect();
+        let guards = producer.iter().flat_map(|producer| producer.spare.iter().copied());
+        let spare: Vec<Pid> = guards.chain(child.id().map(|pid| Pid::from_raw(pid.cast_signed()))).collect();
         {
             let listen = async {
                 while let Some(event) = receive(events).await {

@@ -3,14 +3,16 @@
 //! Nothing here decides what a failure leads to; that is [`super::machine`]. While an action goes on the
 //! driver also listens for the reasons to cancel: the daemon is gone, the time is over, a signal.
 
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use hestner_proto::words::{ErrorClass, Phase};
+use nix::unistd::Pid;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::archive::{Producer, Said, Worker};
-use super::hook;
+use super::hook::Waiting;
 use super::ledger::{HookNote, RunFolder};
 use super::log::{Tail, mask};
 use super::machine::{self, Action, Machine, Span};
@@ -18,7 +20,8 @@ use super::messages::{Event, Failure, Finished, Work, WorkerEvent};
 use super::plan::{Host, Plan, point_failure};
 use super::thaw;
 use crate::escrow::RepositoryKey;
-use crate::freeze::{self, Arming, Frozen, Point, PointError};
+use crate::freeze::{self, Arming, Frozen, HookGuard, Point, PointError};
+use crate::guard::GuardError;
 use crate::platform::chain;
 use crate::platform::clock::SharedClock;
 use crate::platform::failpoint;
@@ -27,6 +30,9 @@ use crate::policy::HookSettings;
 use crate::report::RunRecord;
 use crate::repository::{Input, Job, Progress, Stored};
 
+/// How much longer than its command a step with a hook may take: for its supervisor to end what did not end by
+/// itself.
+const HOOK_GRACE: Duration = Duration::from_secs(3);
 /// How often to look whether the point that is being read still is one.
 const POINT_CHECK_PAUSE: Duration = Duration::from_secs(5);
 
@@ -44,6 +50,8 @@ pub(super) struct Driver<'a> {
     /// Failures that are not in the log yet.
     unlogged: Vec<Failure>,
     frozen: Option<Frozen>,
+    /// Watches what hooks hold, from before the first `pre_freeze` to after the last release.
+    hook_guard: Option<HookGuard>,
     /// Held while hooks are released, so that `hestner-agent thaw` is not at it at the same time.
     releasing: Option<Lock>,
     point: Option<Point>,
@@ -100,6 +108,7 @@ impl<'a> Driver<'a> {
             failure: None,
             unlogged: Vec::new(),
             frozen: None,
+            hook_guard: None,
             releasing: None,
             point: None,
             stored: None,
@@ -234,20 +243,61 @@ impl<'a> Driver<'a> {
     async fn prepare(&mut self, i: usize, stop: &CancellationToken) -> machine::Event {
         self.enter(Phase::PreFreeze);
         let hook = &self.plan.service.hooks[i];
-        let unclaimed = match self.folder.claim_begin(i) {
-            Ok(true) => None,
-            Ok(false) => Some(Failure::new(ErrorClass::Interrupted, format!("hook `{}` was begun before", hook.name))),
-            Err(error) => Some(super::runner::state_failure(&error)),
+        let unclaimed = match self.watch_hook(hook).await {
+            Err(error) => Some(point_failure(&error)),
+            Ok(()) => match self.folder.claim_begin(i) {
+                Ok(true) => None,
+                Ok(false) => {
+                    Some(Failure::new(ErrorClass::Interrupted, format!("hook `{}` was begun before", hook.name)))
+                }
+                Err(error) => Some(super::runner::state_failure(&error)),
+            },
         };
         if let Some(failure) = unclaimed {
             self.fail(failure);
             return machine::Event::HookNotBegun;
         }
-        self.call(hook, &hook.pre_freeze, "pre_freeze", stop).await.event()
+        let lock = self.folder.lock_begun(i).ok().flatten();
+        self.call(hook, &hook.pre_freeze, ("pre_freeze", lock), stop).await.event()
+    }
+
+    /// Nothing is held by a hook without a guard.
+    async fn watch_hook(&mut self, hook: &HookSettings) -> Result<(), PointError> {
+        let limit = hook.timeout + HOOK_GRACE;
+        match &self.hook_guard {
+            Some(guard) => guard.step(limit)?,
+            None if self.plan.service.quiesces() => {
+                let (uid, folder) = (&self.record.run_uid, self.folder.path());
+                self.hook_guard = Some(HookGuard::arm(uid, folder, &self.host.guard, limit).await?);
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Another step of what hooks hold begins. A guard that has struck keeps nothing from being released.
+    fn step(&mut self, limit: Duration) {
+        let struck = self.hook_guard.as_ref().and_then(|guard| guard.step(limit).err());
+        if let Some(error) = struck {
+            self.fail(point_failure(&error.into()));
+            self.hook_guard = None;
+        }
+    }
+
+    /// Hooks hold nothing any more.
+    ///
+    /// # Errors
+    /// When the guard does not confirm that they have held it for as long as they may, and not longer.
+    async fn end_hook_guard(&mut self) -> Result<(), Failure> {
+        match self.hook_guard.take() {
+            Some(guard) => guard.end().await.map_err(|error| point_failure(&error.into())),
+            None => Ok(()),
+        }
     }
 
     async fn release(&mut self, i: usize, argv: &[String], name: &str) -> machine::Event {
         self.enter(Phase::PostThaw);
+        self.step(self.plan.service.hooks[i].timeout + HOOK_GRACE);
         if self.releasing.is_none() {
             // Its error is no reason not to release; the claims still keep two from the same hook.
             self.releasing = thaw::lock_thawing(self.folder).await.unwrap_or_default();
@@ -263,7 +313,7 @@ impl<'a> Driver<'a> {
             // A claim that cannot be written must not keep a service from being released.
             Err(error) => tracing::warn!(event = "release_not_claimed", error = %error),
         }
-        let called = self.call(&self.plan.service.hooks[i], argv, name, &CancellationToken::new()).await;
+        let called = self.call(&self.plan.service.hooks[i], argv, (name, None), &CancellationToken::new()).await;
         // One that did not run is owed, and one that cannot be noted counts as owed: recovery calls it once
         // more, and releases are idempotent by contract.
         let noted = called != Called::NotRun && self.folder.release_ended(i).is_ok();
@@ -271,12 +321,29 @@ impl<'a> Driver<'a> {
         called.event()
     }
 
-    async fn call(&mut self, hook: &HookSettings, argv: &[String], name: &str, stop: &CancellationToken) -> Called {
+    /// `lock`: is the supervisor's alone from here on, so that whoever gets it knows that nothing of the hook is left.
+    async fn call(
+        &mut self,
+        hook: &HookSettings,
+        argv: &[String],
+        (name, lock): (&str, Option<Lock>),
+        stop: &CancellationToken,
+    ) -> Called {
         if argv.is_empty() {
             return Called::Succeeded;
         }
         let spec = HookNote::from(hook).spec(argv, &self.record.run_uid, &self.record.service);
-        let (called, failure) = match hook::run(&spec, stop, &[&**self.alive], &[]).await {
+        let inherit: Vec<&dyn AsFd> =
+            std::iter::once(self.alive).chain(&lock).map(|lock| &**lock as &dyn AsFd).collect();
+        let started = Waiting::start(&inherit);
+        drop(inherit);
+        drop(lock);
+        let spare: Vec<Pid> = self.hook_guard.iter().filter_map(HookGuard::pid).collect();
+        let ended = match started {
+            Ok(supervisor) => supervisor.run(&spec, stop, &spare).await,
+            Err(error) => Err(error),
+        };
+        let (called, failure) = match ended {
             Ok(ended) => {
                 self.tail.add(&format!("{} {name}", hook.name), &ended.output);
                 if ended.is_success() {
@@ -301,20 +368,7 @@ impl<'a> Driver<'a> {
             self.fail(super::runner::state_failure(&error));
             return machine::Event::PointFailed;
         }
-        let arming = Arming {
-            run_uid: &self.record.run_uid,
-            folder: self.folder.path(),
-            alive: &**self.alive,
-            start: &self.host.guard,
-            stop,
-        };
-        let taken = match freeze::freeze(&self.plan.point, arming).await {
-            Ok(frozen) => {
-                failpoint::at("frozen");
-                self.frozen.insert(frozen).take(&self.host.freeze, stop).await
-            }
-            Err(error) => Err(error),
-        };
+        let taken = self.hold_and_take(&stop.child_token()).await;
         failpoint::at("taken");
         match taken {
             Ok(()) => machine::Event::PointTaken,
@@ -326,7 +380,43 @@ impl<'a> Driver<'a> {
         }
     }
 
+    /// When hooks have held the service for as long as they may, this ends as if it was called off.
+    async fn hold_and_take(&mut self, stop: &CancellationToken) -> Result<(), PointError> {
+        let arming = Arming {
+            run_uid: &self.record.run_uid,
+            folder: self.folder.path(),
+            alive: &**self.alive,
+            start: &self.host.guard,
+            hook_guard: self.hook_guard.as_ref(),
+            stop,
+        };
+        let frozen = &mut self.frozen;
+        let taking = async {
+            let held = frozen.insert(freeze::freeze(&self.plan.point, arming).await?);
+            failpoint::at("frozen");
+            held.take(&self.host.freeze, stop).await
+        };
+        let hooks_struck = until_struck(self.hook_guard.as_ref());
+        tokio::pin!(taking);
+        tokio::select! {
+            taken = &mut taking => taken,
+            why = hooks_struck => {
+                stop.cancel();
+                match taking.await {
+                    // Another guard's word; it knows more.
+                    Err(error @ PointError::Guard(_)) => Err(error),
+                    // Only a consequence; what it leaves behind matters all the same.
+                    taken => {
+                        self.settled &= !taken.is_err_and(|error| error.leaves_doubt());
+                        Err(why.into())
+                    }
+                }
+            }
+        }
+    }
+
     async fn thaw(&mut self) -> machine::Event {
+        self.step(self.plan.point.let_go_within());
         // Without it nothing was held, or everything was let go at once as far as could be done.
         let Some(frozen) = self.frozen.take() else { return self.resume(machine::Event::Thawed).await };
         let thawed = frozen.thaw().await;
@@ -386,6 +476,12 @@ impl<'a> Driver<'a> {
     async fn archive(&mut self, stop: &CancellationToken) -> machine::Event {
         self.enter(Phase::Archive);
         self.releasing = None;
+        if !self.plan.point.spans_archive()
+            && let Err(failure) = self.end_hook_guard().await
+        {
+            self.fail(failure);
+            return machine::Event::ArchiveFailed;
+        }
         failpoint::at("archiving");
         self.archived_anything = true;
         match self.store(stop).await {
@@ -410,7 +506,10 @@ impl<'a> Driver<'a> {
     async fn store(&mut self, stop: &CancellationToken) -> Result<(Stored, u64), Failure> {
         let plan = self.plan;
         let producer = match plan.input {
-            Input::Stream { .. } => Some(Producer::new(&plan.service, self.host.run_time_max)?),
+            Input::Stream { .. } => {
+                let guards = self.frozen.as_ref().map(Frozen::guards).unwrap_or_default();
+                Some(Producer::new(&plan.service, self.host.run_time_max, guards)?)
+            }
             Input::Files { .. } => None,
         };
         let job = Job {
@@ -471,6 +570,9 @@ impl<'a> Driver<'a> {
     /// Removes the point, and whatever a failed run may have left in the repository. False: recovery has to.
     async fn remove_what_was_made(&mut self, failed: bool) -> bool {
         self.releasing = None;
+        if let Err(failure) = self.end_hook_guard().await {
+            self.fail(failure);
+        }
         let removed = match self.point.take() {
             Some(point) => point.remove(&self.host.freeze).await,
             // A point that failed half-way may have left something.
@@ -484,6 +586,17 @@ impl<'a> Driver<'a> {
             clean &= super::settle::forget(&self.plan.location, &self.record.run_uid, self.alive).await;
         }
         clean
+    }
+}
+
+/// Completes when a guard of hooks has struck; never without one.
+fn until_struck(guard: Option<&HookGuard>) -> impl Future<Output = GuardError> + use<> {
+    let struck = guard.map(HookGuard::struck);
+    async move {
+        match struck {
+            Some(struck) => struck.await,
+            None => std::future::pending().await,
+        }
     }
 }
 

@@ -282,6 +282,15 @@ impl RunFolder {
         files::create_new(&self.0.join(format!("begun-{hook}")), b"")
     }
 
+    /// Takes the lock of a hook's `pre_freeze`, which its supervisor inherits and nobody else keeps. `None`: it has not
+    /// come to its end.
+    ///
+    /// # Errors
+    /// When the file cannot be opened.
+    pub fn lock_begun(&self, hook: usize) -> Result<Option<Lock>, FileError> {
+        files::try_lock(&self.0.join(format!("begun-{hook}")))
+    }
+
     /// Whether a hook was begun.
     pub fn was_begun(&self, hook: usize) -> bool {
         self.0.join(format!("begun-{hook}")).exists()

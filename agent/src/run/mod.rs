@@ -4,6 +4,7 @@
 //! | --- | --- | --- |
 //! | [`machine`] | | what follows what, as pure code; its picture is in `docs/run-states.md` |
 //! | [`plan`] | runner | what a run will do, and every reason not to |
+//! | [`privileges`] | runner | the capabilities that it keeps |
 //! | [`runner`], `driver` | runner | performs it and keeps the record |
 //! | [`confirmation`] | command line, runner | a person's word for a run that the grants want confirmed |
 //! | [`hook`] | supervisor | runs one command and leaves no process behind |
@@ -25,6 +26,7 @@ mod log;
 pub mod machine;
 pub mod messages;
 pub mod plan;
+pub mod privileges;
 pub mod runner;
 pub mod settle;
 pub mod thaw;
@@ -48,6 +50,9 @@ mod tests {
         ("container-N", include_str!("../freeze/containers.rs"), "container-{place}"),
         ("O_EXCL", include_str!("../platform/files.rs"), ".create_new(true)"),
         ("freeze.journal", include_str!("../freeze/mod.rs"), "\"freeze.journal\""),
+        ("hold.journal", include_str!("../freeze/mod.rs"), "\"hold.journal\""),
+        ("hook.journal", include_str!("../freeze/mod.rs"), "\"hook.journal\""),
+        ("begun-N", include_str!("ledger.rs"), "try_lock(&self.0.join(format!(\"begun-{hook}\"))"),
         ("freeze_busy", include_str!("../freeze/error.rs"), "Busy { .. } => ErrorClass::FreezeBusy"),
         ("busy", include_str!("runner.rs"), "ErrorClass::Busy"),
         ("lock_wait", include_str!("../repository/restic.rs"), "self.lock_wait"),

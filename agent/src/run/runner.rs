@@ -13,7 +13,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 use tokio::io::{AsyncReadExt as _, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -81,6 +81,9 @@ pub async fn run(socket: UnixStream, told: Told<impl Future<Output = Description
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("user {} may not start runs", peer.uid())));
     }
     process::become_subreaper()?;
+    // Heard from here on, and heeded only where a run can be called off: a release of an earlier run that it cut
+    // short would run once more.
+    let told_to_stop = signal(SignalKind::terminate())?;
     let (read, write) = socket.into_split();
     let mut read = BufReader::new(read);
     // Whoever connects and says nothing would keep one of the few places.
@@ -89,7 +92,7 @@ pub async fn run(socket: UnixStream, told: Told<impl Future<Output = Description
         return Err(io::Error::new(io::ErrorKind::InvalidData, "the request is not one"));
     };
     let (says, waiting) = mpsc::channel(EVENTS_WAITING);
-    let work = answer(request, told, says, read);
+    let work = answer(request, told, says, Asker { daemon: read, told_to_stop });
     let ((), written) = tokio::join!(work, forward(waiting, write));
     match written {
         // A daemon that is gone is no failure of ours: what it did not hear is in the ledger.
@@ -125,7 +128,7 @@ async fn answer(
     request: Request,
     Told { host, description, clock, .. }: Told<impl Future<Output = Description>>,
     says: mpsc::Sender<Event>,
-    daemon: BufReader<OwnedReadHalf>,
+    asker: Asker,
 ) {
     let last = match request {
         Request::Describe => Event::Described(Box::new(description.await)),
@@ -154,7 +157,7 @@ async fn answer(
         Request::Run { run_uid, service, verb } => {
             let asked = Asked { run_uid, service, verb };
             let finished = match host {
-                Ok(host) => asked.run(&host, &clock, &says, daemon).await,
+                Ok(host) => asked.run(&host, &clock, &says, asker).await,
                 Err(failure) => ended_early(&asked.run_uid, &asked.service, failure, &clock),
             };
             Event::Finished(Box::new(finished))
@@ -208,20 +211,14 @@ struct Asked {
 }
 
 impl Asked {
-    async fn run(
-        &self,
-        host: &Host,
-        clock: &SharedClock,
-        says: &mpsc::Sender<Event>,
-        daemon: BufReader<OwnedReadHalf>,
-    ) -> Finished {
+    async fn run(&self, host: &Host, clock: &SharedClock, says: &mpsc::Sender<Event>, asker: Asker) -> Finished {
         failpoint::arm(&host.state_dir.join("failpoint"));
         // Held until the run is over.
         let (_service, folder, alive) = match self.begin(host, clock) {
             Ok(begun) => begun,
             Err(failure) => return self.early(failure, clock),
         };
-        let mut left = match self.run_in(host, &folder, &alive, clock, says, daemon).await {
+        let mut left = match self.run_in(host, &folder, &alive, clock, says, asker).await {
             Ok(left) => left,
             // Nothing was begun, so that only its result has to be kept.
             Err(failure) => Left { finished: self.early(failure, clock), settled: true },
@@ -279,7 +276,7 @@ impl Asked {
         alive: &Lock,
         clock: &SharedClock,
         says: &mpsc::Sender<Event>,
-        daemon: BufReader<OwnedReadHalf>,
+        asker: Asker,
     ) -> Result<Left, Failure> {
         let plan = Plan::make(host, &self.service, &self.verb, &self.run_uid).await?;
         if plan.needs == Needs::Confirmation {
@@ -295,7 +292,7 @@ impl Asked {
         let mut record = self.record(&plan, clock);
         record.warnings.extend(held_before);
         let driver = Driver::new((host, &plan), (folder, alive), SharedClock::clone(clock), says.clone(), record);
-        let left = driver.run(reason_to_cancel(daemon, host)).await;
+        let left = driver.run(asker.reason_to_cancel(host)).await;
         let left = self.commit(&plan, folder, alive, left).await;
         Ok(self.retain(host, &plan, alive, left).await)
     }
@@ -426,18 +423,25 @@ struct Expired {
     warning: Option<String>,
 }
 
-async fn reason_to_cancel(mut daemon: BufReader<OwnedReadHalf>, host: &Host) -> Failure {
-    let mut byte = [0];
-    let daemon_gone = daemon.read(&mut byte);
-    let signalled = async {
-        match signal(SignalKind::terminate()) {
-            Ok(mut term) => term.recv().await,
-            Err(_) => std::future::pending().await,
+/// Whoever can call a run off.
+struct Asker {
+    /// Its end is the daemon's, or the daemon's wish.
+    daemon: BufReader<OwnedReadHalf>,
+    /// SIGTERM, as systemd sends it.
+    told_to_stop: Signal,
+}
+
+impl Asker {
+    async fn reason_to_cancel(mut self, host: &Host) -> Failure {
+        let mut byte = [0];
+        tokio::select! {
+            _ = self.daemon.read(&mut byte) => {
+                Failure::new(ErrorClass::Interrupted, "the agent's daemon stopped while the run went on")
+            }
+            Some(()) = self.told_to_stop.recv() => {
+                Failure::new(ErrorClass::Interrupted, "the runner was told to stop")
+            }
+            failure = time_is_over(host.run_time_max) => failure,
         }
-    };
-    tokio::select! {
-        _ = daemon_gone => Failure::new(ErrorClass::Interrupted, "the agent's daemon stopped while the run went on"),
-        _ = signalled => Failure::new(ErrorClass::Interrupted, "the runner was told to stop"),
-        failure = time_is_over(host.run_time_max) => failure,
     }
 }

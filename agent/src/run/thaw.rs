@@ -27,6 +27,8 @@ const OTHER_WAIT: Duration = Duration::from_secs(120);
 /// How long a guard may take to notice that its run is dead. One that is stopped is thawed over when its
 /// window is over, which for a frozen filesystem is after half a minute at the latest.
 const GUARD_WAIT: Duration = Duration::from_secs(40);
+/// How long a `pre_freeze` whose runner is gone, or whose time is over, may take to end with all that it started.
+const HOOK_WAIT: Duration = Duration::from_secs(15);
 const OTHER_PAUSE: Duration = Duration::from_millis(50);
 
 /// What was done for one run, and what could not be.
@@ -169,6 +171,7 @@ impl Releasing<'_> {
         let mut is_free = self.let_containers_go(thawed).await;
         for (i, hook) in self.note.hooks.iter().enumerate().rev() {
             if self.is_ours(i, thawed) {
+                self.wait_for_its_pre_hook(i, thawed).await;
                 let spec = hook.spec(&hook.release, self.run_uid, &self.note.service);
                 is_free &= self.release_hook(i, &spec, &hook.name, thawed).await;
             }
@@ -207,6 +210,21 @@ impl Releasing<'_> {
             thawed.troubles.push(chain(&error));
             false
         })
+    }
+
+    /// A `pre_freeze` that still runs would make its release pointless. One that does not end must not keep the
+    /// service for ever.
+    async fn wait_for_its_pre_hook(&self, hook: usize, thawed: &mut Thawed) {
+        let give_up = Instant::now() + HOOK_WAIT;
+        while matches!(self.folder.lock_begun(hook), Ok(None)) {
+            if Instant::now() >= give_up {
+                thawed
+                    .troubles
+                    .push(format!("hook `{}` has not ended and is released all the same", self.note.hooks[hook].name));
+                return;
+            }
+            tokio::time::sleep(OTHER_PAUSE).await;
+        }
     }
 
     /// False: it is owed as before.

@@ -103,7 +103,14 @@ impl Points {
         let stop = CancellationToken::new();
         self.runtime.block_on(async {
             let plan = PointPlan::of(service, &uid, &self.settings, &Protected::default()).await?;
-            let arming = Arming { run_uid: &uid, folder: &folder, alive: &alive, start: &self.start, stop: &stop };
+            let arming = Arming {
+                run_uid: &uid,
+                folder: &folder,
+                alive: &alive,
+                start: &self.start,
+                hook_guard: None,
+                stop: &stop,
+            };
             let begin = now();
             let mut frozen = freeze::freeze(&plan, arming).await?;
             let taken = frozen.take(&self.settings, &stop).await;
