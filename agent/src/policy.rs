@@ -23,6 +23,8 @@ use crate::platform::files::{self, FileError};
 pub const HOST: &str = "host";
 /// Longest name of a service, a destination or a hook.
 const NAME_CHARS_MAX: usize = 64;
+/// A command of a hook may take at most so long: whatever it holds has a guard, and a guard has an end.
+const HOOK_TIMEOUT_MAX: Duration = Duration::from_secs(3600);
 /// Folder in the state folder that belongs to the daemon's user: lock, store, identity, policies. All else
 /// there is the runner's, who takes what lies in this one for a stranger's.
 pub const DAEMON_FOLDER: &str = "daemon";
@@ -116,7 +118,7 @@ pub struct HookSettings {
     #[serde(default)]
     #[toml_example(default = "")]
     pub user: String,
-    /// How long each command may take; then everything that it started is killed.
+    /// How long each command may take, an hour at most; then everything that it started is killed.
     #[serde(default = "hook_timeout", with = "humantime_serde")]
     #[toml_example(default = "30s")]
     pub timeout: Duration,
@@ -268,6 +270,9 @@ impl HookSettings {
         }
         if self.timeout.is_zero() {
             found.push(format!("hook `{}`: `timeout` must be longer than 0", self.name));
+        }
+        if self.timeout > HOOK_TIMEOUT_MAX {
+            found.push(format!("hook `{}`: `timeout` must be at most an hour", self.name));
         }
         found
     }

@@ -27,6 +27,8 @@ const CLEARED_WITHIN: Duration = Duration::from_secs(60);
 enum Fault {
     KillRunner,
     KillGuard,
+    /// As systemd stops it.
+    TermGuard,
     KillRunnerAndGuard,
     KillDaemon,
     /// And later goes on.
@@ -83,8 +85,8 @@ impl Case {
             // The runner waits for the guard first; by then the freeze may have come back.
             F::StopGuard if self.step == Step::Freezing => Ends::As(&["guard_lost", "freeze_stuck"]),
             // A guard of hooks gives each step its time, and this was not longer.
-            F::StopGuard if self.step.is_of_a_hook() => Ends::Well,
-            F::KillGuard | F::KillGuardCgroup | F::StopGuard => Ends::As(&["guard_lost"]),
+            F::StopGuard if self.step.is_held_by_hooks() => Ends::Well,
+            F::KillGuard | F::TermGuard | F::KillGuardCgroup | F::StopGuard => Ends::As(&["guard_lost"]),
             // A runner that goes on cannot turn it into a success; where nothing was frozen it may go on.
             F::StopRunner | F::BlockRunner if self.step.is_frozen() => Ends::As(&["freeze_timeout"]),
             F::StopRunner | F::BlockRunner | F::StopDaemon => Ends::Well,
@@ -169,6 +171,7 @@ impl Lane {
         match case.fault {
             Fault::KillRunner | Fault::KillBlockedRunner => processes::kill(stage.wait_runner(uid)),
             Fault::KillGuard => processes::kill(stage.wait_guard(uid)),
+            Fault::TermGuard => processes::send(stage.wait_guard(uid), Signal::SIGTERM),
             Fault::KillRunnerAndGuard => {
                 stage.wait_guard(uid);
                 kill_at_once(&[stage.guards(uid), vec![stage.wait_runner(uid)]].concat());
@@ -337,6 +340,7 @@ fn kill_at_once(pids: &[i32]) {
 const GUARDED: &[Fault] = &[
     Fault::KillRunner,
     Fault::KillGuard,
+    Fault::TermGuard,
     Fault::KillRunnerAndGuard,
     Fault::KillDaemon,
     Fault::StopDaemon,
@@ -392,7 +396,7 @@ fn after_the_command(filesystem: &str) {
 
 fn after_the_window(filesystem: &str) {
     on_processes("after", filesystem, |lane| {
-        lane.all(Step::Thawed, OUTSIDE);
+        lane.all(Step::Thawed, GUARDED);
         lane.all(Step::Thawed, &[Fault::Panic]);
         lane.all(Step::PostHook, GUARDED);
         lane.all(Step::PostHook, &[Fault::Hang]);
@@ -414,10 +418,11 @@ fn in_units(filesystem: &str) {
             eprintln!("SKIPPED: no control groups {hierarchy:?} on this machine");
             continue;
         };
-        for step in [Step::Planned, Step::PreHook, Step::Thawed, Step::PostHook, Step::Archive] {
+        for step in [Step::Planned, Step::Archive] {
             lane.all(step, &[Fault::KillCgroup]);
         }
-        for step in [Step::Armed, Step::Frozen, Step::Command, Step::Taken] {
+        for step in [Step::PreHook, Step::Armed, Step::Frozen, Step::Command, Step::Taken, Step::Thawed, Step::PostHook]
+        {
             lane.all(step, &[Fault::KillCgroup, Fault::KillGuardCgroup, Fault::KillBothCgroups]);
         }
         lane.all(Step::Frozen, &[Fault::KillBlockedCgroup]);

@@ -22,21 +22,36 @@ struct Quiesced {
 
 impl Quiesced {
     fn new(name: &str) -> Self {
+        Self::with_hooks(name, &[""])
+    }
+
+    /// With a hook for each suffix of what it notes.
+    fn with_hooks(name: &str, suffixes: &[&str]) -> Self {
         let world = World::new(name);
         let (notes, hang) = (world.at("notes.txt"), world.at("hang"));
         let body = format!(
-            "echo $1 >> {notes}\nwhile [ $1 = pre ] && [ -e {hang} ]; do sleep 0.02; done",
+            "echo $1 >> {notes}\nwhile [ -e {hang}-$1 ]; do sleep 0.02; done",
             notes = notes.display(),
             hang = hang.display()
         );
         let program = files::write_script(world.at("hooks/note"), &body).to_string_lossy().into_owned();
-        let hook = Hook::new("db").pre(&[&program, "pre"]).post(&[&program, "post"]).timeout("2s");
-        let agent = world
-            .agent()
-            .setting("freeze", "window = \"1s\"")
-            .allowed(Service::files("docs", [world.source("source")]).hook(hook))
-            .started();
+        let mut service = Service::files("docs", [world.source("source")]);
+        for suffix in suffixes {
+            let [pre, post] = ["pre", "post"].map(|word| format!("{word}{suffix}"));
+            let hook = Hook::new(&format!("db{suffix}")).pre(&[&program, &pre]).post(&[&program, &post]);
+            service = service.hook(hook.timeout("2s"));
+        }
+        let agent = world.agent().setting("freeze", "window = \"1s\"").allowed(service).started();
         Self { agent, notes, hang, _world: world }
+    }
+
+    /// From now on what notes this word hangs.
+    fn hang(&self, word: &str) {
+        files::write(format!("{}-{word}", self.hang.display()), "");
+    }
+
+    fn let_go(&self, word: &str) {
+        std::fs::remove_file(format!("{}-{word}", self.hang.display())).expect("the file that makes it hang");
     }
 
     fn notes(&self) -> Vec<String> {
@@ -81,7 +96,7 @@ fn runner_that_stands_still_between_hooks_has_them_released_without_it() {
 #[test]
 fn runner_that_stands_still_in_a_pre_hook_has_it_ended_and_released_without_it() {
     let quiesced = Quiesced::new("hook-guard-pre");
-    files::write(&quiesced.hang, "");
+    quiesced.hang("pre");
     let uid = quiesced.begin();
     wait_until("the hook to run", GRACE, || quiesced.notes() == ["pre"]);
     let runner = quiesced.runner_of(&uid);
@@ -91,14 +106,14 @@ fn runner_that_stands_still_in_a_pre_hook_has_it_ended_and_released_without_it()
     let run = quiesced.agent.wait_last_run_ended();
     assert!(["hook_timeout", "freeze_timeout"].contains(&run.text("error_class")), "{run:?}");
     assert_eq!(quiesced.notes(), ["pre", "post"]);
-    std::fs::remove_file(&quiesced.hang).expect("the file that makes it hang");
+    quiesced.let_go("pre");
     quiesced.agent.snapshot_ok("docs");
 }
 
 #[test]
 fn hook_whose_runner_was_killed_is_released_at_once_and_after_its_own_end() {
     let mut quiesced = Quiesced::new("hook-guard-killed");
-    files::write(&quiesced.hang, "");
+    quiesced.hang("pre");
     let uid = quiesced.begin();
     wait_until("the hook to run", GRACE, || quiesced.notes() == ["pre"]);
     let runner = quiesced.runner_of(&uid);
@@ -110,7 +125,7 @@ fn hook_whose_runner_was_killed_is_released_at_once_and_after_its_own_end() {
     println!("released {} ms after runner and daemon were killed", killed.elapsed().as_millis());
     let program = quiesced.notes.with_file_name("hooks");
     assert!(processes::marked(&program.to_string_lossy()).is_empty(), "the pre hook is gone before its release");
-    std::fs::remove_file(&quiesced.hang).expect("the file that makes it hang");
+    quiesced.let_go("pre");
     quiesced.agent.start();
     quiesced.agent.wait_last_run_ended().assert_failed("interrupted");
     assert_eq!(quiesced.notes(), ["pre", "post"]);
@@ -119,11 +134,43 @@ fn hook_whose_runner_was_killed_is_released_at_once_and_after_its_own_end() {
 #[test]
 fn run_whose_guard_of_hooks_is_lost_is_no_success() {
     let quiesced = Quiesced::new("hook-guard-lost");
-    files::write(&quiesced.hang, "");
+    quiesced.hang("pre");
     let uid = quiesced.begin();
     wait_until("the hook to run", GRACE, || quiesced.notes() == ["pre"]);
     processes::kill(quiesced.guard_of(&uid));
-    std::fs::remove_file(&quiesced.hang).expect("the file that makes it hang");
+    quiesced.let_go("pre");
     quiesced.agent.wait_last_run_ended().assert_failed("guard_lost");
     assert_eq!(quiesced.notes(), ["pre", "post"]);
+}
+
+#[test]
+fn runner_that_stands_still_in_a_release_keeps_the_other_hooks_from_nothing() {
+    let quiesced = Quiesced::with_hooks("hook-guard-release", &["-a", "-b"]);
+    quiesced.hang("post-b");
+    let uid = quiesced.begin();
+    wait_until("the first release", WINDOW + GRACE, || quiesced.notes() == ["pre-a", "pre-b", "post-b"]);
+    let runner = quiesced.runner_of(&uid);
+    processes::send(runner, Signal::SIGSTOP);
+    let all = ["pre-a", "pre-b", "post-b", "post-a"];
+    wait_until("the other release", TIMEOUT + GRACE + GRACE, || quiesced.notes() == all);
+    quiesced.let_go("post-b");
+    processes::send(runner, Signal::SIGCONT);
+    assert_eq!(quiesced.agent.wait_last_run_ended().text("status"), "failed");
+    assert_eq!(quiesced.notes(), all, "each was released once");
+    quiesced.agent.snapshot_ok("docs");
+}
+
+#[test]
+fn pre_hook_whose_guard_is_stopped_is_ended_before_its_release() {
+    let quiesced = Quiesced::new("hook-guard-term");
+    quiesced.hang("pre");
+    let uid = quiesced.begin();
+    wait_until("the hook to run", GRACE, || quiesced.notes() == ["pre"]);
+    processes::send(quiesced.guard_of(&uid), Signal::SIGTERM);
+    quiesced.agent.wait_last_run_ended().assert_failed("guard_lost");
+    let program = quiesced.notes.with_file_name("hooks");
+    assert!(processes::marked(&program.to_string_lossy()).is_empty(), "the pre hook is gone");
+    assert_eq!(quiesced.notes(), ["pre", "post"]);
+    quiesced.let_go("pre");
+    quiesced.agent.snapshot_ok("docs");
 }

@@ -71,9 +71,9 @@ impl Step {
         matches!(self, Self::Frozen | Self::Command | Self::Taken)
     }
 
-    /// Whether a hook runs there.
-    pub fn is_of_a_hook(self) -> bool {
-        matches!(self, Self::PreHook | Self::PostHook)
+    /// Whether hooks hold the service there, and nothing else does.
+    pub fn is_held_by_hooks(self) -> bool {
+        matches!(self, Self::PreHook | Self::Thawed | Self::PostHook)
     }
 
     /// The program of ours that waits there.

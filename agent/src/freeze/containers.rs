@@ -75,7 +75,6 @@ impl Link {
         Ok(Self { docker, socket: socket.to_owned() })
     }
 
-    /// `None`: there is no such container.
     /// As [`Self::open`], patiently.
     async fn open_again(socket: &Path) -> Result<Self, PointError> {
         let give_up = Instant::now() + DOCKER_BACK;
@@ -87,6 +86,7 @@ impl Link {
         }
     }
 
+    /// `None`: there is no such container.
     async fn inspect(&self, name: &str) -> Result<Option<ContainerInspectResponse>, PointError> {
         let asked = self.docker.inspect_container(name, None::<InspectContainerOptions>);
         match tokio::time::timeout(Duration::from_secs(ANSWER_SECONDS), asked).await {
@@ -334,10 +334,11 @@ impl Container {
         }
     }
 
-    /// Whether it is held as we have held it, and by nobody else's doing. One that is gone has written nothing.
+    /// Whether it is held as we have held it, and by nobody else's doing. One that is gone may have been started, and
+    /// have written, before it was removed.
     async fn check_untouched(&self, link: &Link, since: Option<&str>) -> Result<(), PointError> {
-        let Some(found) = link.inspect(&self.id).await? else { return Ok(()) };
-        if self.is_held_by(&found) && started_at(found).as_deref() == since {
+        let found = link.inspect(&self.id).await?;
+        if found.is_some_and(|found| self.is_held_by(&found) && started_at(found).as_deref() == since) {
             return Ok(());
         }
         Err(PointError::Touched { name: self.name.clone(), held: participle(self.hold) })

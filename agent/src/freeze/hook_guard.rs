@@ -46,6 +46,11 @@ impl HookGuard {
         self.0.struck()
     }
 
+    /// Whether it has struck, or is gone.
+    pub fn has_struck(&self) -> bool {
+        self.0.has_struck()
+    }
+
     /// Its process, where it is a child of ours: to be spared when descendants are killed.
     pub fn pid(&self) -> Option<Pid> {
         self.0.pid()

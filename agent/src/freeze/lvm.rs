@@ -37,6 +37,7 @@ pub struct LvmSnapshot {
     /// Percent of its room that it may use.
     pub usage_max: u8,
     /// The program that resumes the volume; in the note, because whoever thaws reads no settings.
+    #[serde(default = "dmsetup")]
     pub dmsetup: PathBuf,
     /// Where and how it is mounted to be read.
     pub view: View,
@@ -149,19 +150,22 @@ impl LvmSnapshot {
 
     /// Unmounts and removes it; what is not there is fine.
     pub(super) async fn remove(&self, settings: &Settings) -> Result<(), PointError> {
-        let resumed = self.resume().await;
         self.view.close(settings).await?;
         let volumes = list(settings).await?;
         if !volumes.iter().any(|v| v.vg_name == self.group) {
             return Err(PointError::Away(format!("/dev/{}", self.group).into()));
         }
-        resumed?;
         if !volumes.iter().any(|v| v.vg_name == self.group && v.lv_name == self.name) {
             return Ok(());
         }
         let program = Program::new(&settings.lvremove).args(["--yes", "--", &self.full_name()]);
         run("lvremove", "remove", &self.full_name(), program).await.map(drop)
     }
+}
+
+/// For notes of runs that did not name it.
+fn dmsetup() -> PathBuf {
+    "/usr/sbin/dmsetup".into()
 }
 
 /// As the device mapper calls a logical volume (lvm(8)): hyphens inside the names are doubled.
@@ -281,6 +285,13 @@ mod tests {
         assert_eq!(facts, expected);
         assert_eq!(volumes[0].device(), Some(Device { major: 254, minor: 0 }));
         assert!(parse(b"  WARNING: no JSON").is_err());
+    }
+
+    #[test]
+    fn note_of_an_earlier_version_is_understood() {
+        let note = r#"{"group":"vg0","volume":"data","name":"n","pool":"","size":"2G","usage_max":80,
+            "view":{"what":"/dev/vg0/n","kind":"ext4","point":"/points/n"}}"#;
+        assert_eq!(serde_json::from_str::<LvmSnapshot>(note).unwrap().dmsetup, dmsetup());
     }
 
     #[test]

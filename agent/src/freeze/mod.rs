@@ -172,7 +172,7 @@ const HOOK_JOURNAL: &str = "hook.journal";
 /// A service that is quiesced: its `pre_freeze` hooks have all ended well, its containers are held, its
 /// filesystems frozen, as far as the plan says so.
 ///
-/// There may be two guards: containers that are stopped may be down for minutes, a filesystem must not be
+/// There may be two guards of its own: containers that are stopped may be down for minutes, a filesystem must not be
 /// frozen for longer than seconds.
 #[derive(Debug)]
 pub struct Frozen {

@@ -200,8 +200,8 @@ impl PointPlan {
 
     /// How long it may take to thaw and to let everything go.
     pub fn let_go_within(&self) -> Duration {
-        let containers = if self.containers.running.is_empty() { Duration::ZERO } else { containers::LET_GO };
-        THAWED_WITHIN + containers
+        let containers = u32::try_from(self.containers.running.len()).unwrap_or(u32::MAX);
+        THAWED_WITHIN + containers::LET_GO * containers
     }
 
     /// What is left as it is, and why no better consistency can be had here; for people.

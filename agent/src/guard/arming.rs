@@ -38,11 +38,11 @@ pub(super) struct Ready {
 }
 
 impl Ready {
-    /// Makes it.
+    /// Makes it. `is_unit`: it starts nothing itself that needs what it may do.
     ///
     /// # Errors
     /// What is refused or cannot be had; whatever was started ends by itself.
-    pub(super) fn make(order: Arm, fds: Vec<OwnedFd>) -> Result<Self, Fault> {
+    pub(super) fn make(order: Arm, fds: Vec<OwnedFd>, is_unit: bool) -> Result<Self, Fault> {
         let window = checked_window(&order)?;
         let mut fds = fds.into_iter();
         let runner = fds.next().ok_or_else(|| Fault::failed("watch the runner", "its descriptor is missing"))?;
@@ -62,7 +62,9 @@ impl Ready {
         let may_freeze = !folders.is_empty();
         let journal = new_journal(&order, window, mounts)?;
         avoid_the_oom_killer();
-        lay_down_capabilities(may_freeze)?;
+        if is_unit {
+            lay_down_capabilities(may_freeze)?;
+        }
         let (reporter, reports) = reports(folders.len()).map_err(|e| Fault::failed("make a channel", e))?;
         let mut filesystems = Vec::new();
         for (index, (mount, folder)) in order.mounts.iter().zip(folders).enumerate() {

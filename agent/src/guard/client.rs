@@ -30,7 +30,7 @@ use crate::platform::{fsfreeze, process};
 /// Hard ceiling of a window in which filesystems are frozen.
 pub const FROZEN_MAX: Duration = Duration::from_secs(30);
 /// Hard ceiling of a window in which nothing is frozen, but something else is held.
-pub const HELD_MAX: Duration = Duration::from_secs(3600);
+pub const HELD_MAX: Duration = Duration::from_secs(2 * 3600);
 
 /// How long it may take until everything is written out and a guard is ready.
 pub const ARM_MAX: Duration = Duration::from_secs(120);
@@ -251,9 +251,9 @@ impl Guard {
         self.hear(|said| *said == Said::Begun).await.map(drop)
     }
 
-    /// Another step begins now, which may take `window`, an hour at most; the time that was given to the step
-    /// before counts no more. For a guard without filesystems. Nothing is waited for: whether the guard has
-    /// agreed to all of it is said by [`Self::thaw`].
+    /// Another step begins now, which may take `window`, [`HELD_MAX`] at most; what is left of the step before counts
+    /// no more, and one that took too long has ended the window. For a guard without filesystems. Nothing is waited
+    /// for: whether every step was in its time is said by [`Self::thaw`].
     ///
     /// # Errors
     /// When the window before has ended already.
@@ -274,6 +274,11 @@ impl Guard {
         let given_ns = self.start_patience();
         self.order(&Order::Freeze { given_ns })?;
         self.hear(|said| *said == Said::Frozen).await.map(drop)
+    }
+
+    /// Whether the window has ended otherwise than by [`Self::thaw`].
+    pub fn has_struck(&self) -> bool {
+        matches!(&*self.said.borrow(), Said::Ended(_))
     }
 
     /// Completes when the window has ended otherwise than by [`Self::thaw`], and says why; what was frozen is thawed then

@@ -68,7 +68,7 @@ pub fn run(thaw: ThawStart) -> io::Result<()> {
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     let (order, fds) = first_order(&mut link)?;
     let run_uid = order.run_uid.clone();
-    let ready = match Ready::make(order, fds) {
+    let ready = match Ready::make(order, fds, matches!(thaw, ThawStart::Socket(_))) {
         Ok(ready) => ready,
         Err(fault) => {
             tracing::warn!(event = "guard_not_armed", %run_uid, ?fault);
@@ -284,10 +284,14 @@ impl Guard {
     fn renew(&mut self, given_ns: u64, window: Duration) {
         // An order that lay around while this process was stopped has used up its window.
         let given = Duration::from_nanos(given_ns).min(monotonic());
+        // One that was given after the end of the step before does not make up for it.
+        if self.deadline.is_some_and(|deadline| given >= deadline) {
+            return self.strike(Cause::Deadline);
+        }
         self.begun.get_or_insert(given);
         self.window = window.min(HELD_MAX);
         self.deadline = Some(given + self.window);
-        // Without it only recovery beside a stopped guard is later.
+        // Without it recovery beside a stopped guard is earlier or later; this one then finds that it was.
         let _ = self.journal.set_deadline(given + self.window);
     }
 
@@ -404,6 +408,11 @@ impl Guard {
         let now = monotonic();
         if self.deadline.is_some_and(|deadline| now >= deadline) {
             self.strike(Cause::Deadline);
+            return None;
+        }
+        // Recovery took this guard for lost, and has let go what it was to watch.
+        if !matches!(self.journal.outcome(), Ok(Outcome::Open)) {
+            self.strike(Cause::Stopped);
             return None;
         }
         let failed = self.filesystems.iter().find_map(|Filesystem { path, thaw, .. }| match thaw {

@@ -37,6 +37,8 @@ pub struct Left {
     /// The window has ended otherwise than by the runner's order: what is owed may be done beside a runner
     /// that still lives.
     pub struck: bool,
+    /// It ended because the runner is gone: its last processes end by themselves.
+    pub is_runner_gone: bool,
     /// Thawed by this call.
     pub thawed: Vec<PathBuf>,
     /// Frozen by somebody else; left as they are.
@@ -70,7 +72,9 @@ fn thaw_left_in(path: &Path, boot_id: &str) -> Result<Left, GuardError> {
     }
     let found = Thawing { journal: &journal, patience: LEFT_PATIENCE, by: Outcome::ByRecovery }
         .run(|index| journal.header.mounts[index].open())?;
-    Ok(Left { is_watched: false, struck: journal.outcome()?.is_struck(), ..found })
+    let outcome = journal.outcome()?;
+    let is_runner_gone = outcome == Outcome::RunnerGone;
+    Ok(Left { is_watched: false, struck: outcome.is_struck(), is_runner_gone, ..found })
 }
 
 /// Whether the guard's record says that the window ended otherwise than by the runner's order.

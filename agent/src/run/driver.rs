@@ -257,8 +257,46 @@ impl<'a> Driver<'a> {
             self.fail(failure);
             return machine::Event::HookNotBegun;
         }
-        let lock = self.folder.lock_begun(i).ok().flatten();
-        self.call(hook, &hook.pre_freeze, ("pre_freeze", lock), stop).await.event()
+        let Some(lock) = self.lock_to_begin(i) else {
+            let message = format!("hook `{}` was released before it had begun", hook.name);
+            self.fail(Failure::new(ErrorClass::FreezeTimeout, message));
+            return machine::Event::HookFailed;
+        };
+        let (called, struck) = self.call_unless_struck(hook, lock, &stop.child_token()).await;
+        match struck {
+            None => called.event(),
+            Some(error) => {
+                self.fail_thaw(point_failure(&error.into()));
+                machine::Event::HookFailed
+            }
+        }
+    }
+
+    /// What was struck is being released: a `pre_freeze` that ended well after its release would hold for good.
+    async fn call_unless_struck(
+        &mut self,
+        hook: &HookSettings,
+        lock: Lock,
+        stop: &CancellationToken,
+    ) -> (Called, Option<GuardError>) {
+        let struck = until_struck(self.hook_guard.as_ref());
+        let calling = self.call(hook, &hook.pre_freeze, ("pre_freeze", Some(lock)), stop);
+        tokio::pin!(calling);
+        tokio::select! {
+            called = &mut calling => (called, None),
+            why = struck => {
+                stop.cancel();
+                (calling.await, Some(why))
+            }
+        }
+    }
+
+    /// The lock of a hook that was claimed, if it may still begin: a runner that stood still between claim and begin
+    /// finds that it was released meanwhile.
+    fn lock_to_begin(&self, i: usize) -> Option<Lock> {
+        let lock = self.folder.lock_begun(i).ok().flatten()?;
+        let is_struck = self.hook_guard.as_ref().is_some_and(HookGuard::has_struck);
+        (!is_struck && !self.folder.was_released(i)).then_some(lock)
     }
 
     /// Nothing is held by a hook without a guard.
@@ -275,13 +313,12 @@ impl<'a> Driver<'a> {
         Ok(())
     }
 
-    /// Another step of what hooks hold begins. A guard that has struck keeps nothing from being released.
-    fn step(&mut self, limit: Duration) {
-        let struck = self.hook_guard.as_ref().and_then(|guard| guard.step(limit).err());
-        if let Some(error) = struck {
-            self.fail(point_failure(&error.into()));
-            self.hook_guard = None;
-        }
+    /// Another step of what hooks hold begins. False: the guard has struck, which keeps nothing from being released.
+    fn step(&mut self, limit: Duration) -> bool {
+        let Some(error) = self.hook_guard.as_ref().and_then(|guard| guard.step(limit).err()) else { return true };
+        self.fail(point_failure(&error.into()));
+        self.hook_guard = None;
+        false
     }
 
     /// Hooks hold nothing any more.
@@ -297,7 +334,7 @@ impl<'a> Driver<'a> {
 
     async fn release(&mut self, i: usize, argv: &[String], name: &str) -> machine::Event {
         self.enter(Phase::PostThaw);
-        self.step(self.plan.service.hooks[i].timeout + HOOK_GRACE);
+        let is_in_time = self.step(self.plan.service.hooks[i].timeout + HOOK_GRACE);
         if self.releasing.is_none() {
             // Its error is no reason not to release; the claims still keep two from the same hook.
             self.releasing = thaw::lock_thawing(self.folder).await.unwrap_or_default();
@@ -308,7 +345,10 @@ impl<'a> Driver<'a> {
             Ok(false) if self.releasing.is_some() && self.folder.owes_release(i) => {}
             Ok(false) => {
                 self.settled &= !self.folder.owes_release(i);
-                return machine::Event::HookSucceeded;
+                // Nobody does that to a run that goes as it should.
+                let message = format!("hook `{}` was released by somebody else", self.plan.service.hooks[i].name);
+                self.fail(Failure::new(ErrorClass::FreezeTimeout, message));
+                return machine::Event::HookFailed;
             }
             // A claim that cannot be written must not keep a service from being released.
             Err(error) => tracing::warn!(event = "release_not_claimed", error = %error),
@@ -318,10 +358,11 @@ impl<'a> Driver<'a> {
         // more, and releases are idempotent by contract.
         let noted = called != Called::NotRun && self.folder.release_ended(i).is_ok();
         self.settled &= noted;
-        called.event()
+        if is_in_time { called.event() } else { machine::Event::HookFailed }
     }
 
-    /// `lock`: is the supervisor's alone from here on, so that whoever gets it knows that nothing of the hook is left.
+    /// `lock`: is the supervisor's alone from here on, so that whoever gets it knows that the supervisor has ended the
+    /// hook, or has died itself.
     async fn call(
         &mut self,
         hook: &HookSettings,
@@ -416,7 +457,7 @@ impl<'a> Driver<'a> {
     }
 
     async fn thaw(&mut self) -> machine::Event {
-        self.step(self.plan.point.let_go_within());
+        let is_in_time = self.step(self.plan.point.let_go_within());
         // Without it nothing was held, or everything was let go at once as far as could be done.
         let Some(frozen) = self.frozen.take() else { return self.resume(machine::Event::Thawed).await };
         let thawed = frozen.thaw().await;
@@ -430,7 +471,7 @@ impl<'a> Driver<'a> {
                 self.record.consistency_achieved = point.consistency();
                 self.record.warnings.extend(point.remarks());
                 self.point = Some(point);
-                self.let_go(machine::Event::Thawed)
+                self.let_go(if is_in_time { machine::Event::Thawed } else { machine::Event::ThawFailed })
             }
             Err(error) => {
                 self.note_doubt(&error);

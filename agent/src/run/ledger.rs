@@ -291,6 +291,11 @@ impl RunFolder {
         files::try_lock(&self.0.join(format!("begun-{hook}")))
     }
 
+    /// Whether somebody has claimed the release of a hook.
+    pub fn was_released(&self, hook: usize) -> bool {
+        self.0.join(format!("released-{hook}")).exists()
+    }
+
     /// Whether a hook was begun.
     pub fn was_begun(&self, hook: usize) -> bool {
         self.0.join(format!("begun-{hook}")).exists()

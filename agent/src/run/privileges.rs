@@ -13,12 +13,12 @@ use super::plan::Host;
 use crate::platform::capabilities;
 use crate::policy::{PointKind, ServiceSettings, SourceKind};
 
-/// Customers' files are read whoever owns them; the state and repositories are written in folders of other owners.
-const ALWAYS: &[Capability] = &[CAP_DAC_READ_SEARCH, CAP_DAC_OVERRIDE];
-/// Mounts: the view that the archiver has, snapshots, and the runner's own thaw.
-const MOUNTS: &[Capability] = &[CAP_SYS_ADMIN];
+/// Customers' files are read whoever owns them, without changing when they were last read (`O_NOATIME`), and with their
+/// `trusted.*` attributes, which the kernel shows to nobody else; the state and repositories are written in folders
+/// of other owners. The last one also mounts: the view that the archiver has, snapshots, the runner's own thaw.
+const ALWAYS: &[Capability] = &[CAP_DAC_READ_SEARCH, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_SYS_ADMIN];
 /// Copies keep owner, mode, set-id bits, file capabilities, and devices.
-const COPIES: &[Capability] = &[CAP_CHOWN, CAP_FOWNER, CAP_FSETID, CAP_SETFCAP, CAP_MKNOD];
+const COPIES: &[Capability] = &[CAP_CHOWN, CAP_FSETID, CAP_SETFCAP, CAP_MKNOD];
 /// LVM locks its memory and raises its priority while a volume is suspended.
 const VOLUMES: &[Capability] = &[CAP_IPC_LOCK, CAP_SYS_NICE, CAP_SYS_RESOURCE];
 /// The host's own programs run as the user that is named, are killed as such, and may write to the audit log
@@ -45,11 +45,10 @@ fn needed_by(service: &ServiceSettings) -> HashSet<Capability> {
         || service.point.commands().next().is_some();
     // Programs of the host's own may do whatever a copy or LVM does: nobody here knows them.
     let kinds: &[&[Capability]] = match service.point.kind {
-        _ if has_programs => &[MOUNTS, COPIES, VOLUMES, PROGRAMS],
-        PointKind::None => &[],
-        PointKind::Auto | PointKind::Btrfs | PointKind::Zfs | PointKind::Fsfreeze => &[MOUNTS],
-        PointKind::Reflink => &[MOUNTS, COPIES],
-        PointKind::Lvm => &[MOUNTS, VOLUMES],
+        _ if has_programs => &[COPIES, VOLUMES, PROGRAMS],
+        PointKind::None | PointKind::Auto | PointKind::Btrfs | PointKind::Zfs | PointKind::Fsfreeze => &[],
+        PointKind::Reflink => &[COPIES],
+        PointKind::Lvm => &[VOLUMES],
     };
     kinds.iter().copied().flatten().copied().collect()
 }
@@ -71,11 +70,11 @@ mod tests {
     fn kind_has_what_it_needs_and_no_more() {
         let all = |parts: &[&[Capability]]| parts.iter().copied().flatten().copied().collect::<HashSet<_>>();
         assert_eq!(needed("[point]\nkind = \"none\""), all(&[]));
-        assert_eq!(needed("[point]\nkind = \"btrfs\""), all(&[MOUNTS]));
-        assert_eq!(needed("[point]\nkind = \"reflink\""), all(&[MOUNTS, COPIES]));
-        assert_eq!(needed("[point]\nkind = \"lvm\""), all(&[MOUNTS, VOLUMES]));
+        assert_eq!(needed("[point]\nkind = \"btrfs\""), all(&[]));
+        assert_eq!(needed("[point]\nkind = \"reflink\""), all(&[COPIES]));
+        assert_eq!(needed("[point]\nkind = \"lvm\""), all(&[VOLUMES]));
         let hook = "[[hook]]\nname = \"db\"\npre_freeze = [\"/bin/true\"]";
-        assert_eq!(needed(hook), all(&[MOUNTS, COPIES, VOLUMES, PROGRAMS]));
+        assert_eq!(needed(hook), all(&[COPIES, VOLUMES, PROGRAMS]));
     }
 
     #[test]
@@ -85,7 +84,7 @@ mod tests {
         let lines = unit.lines().filter_map(|line| line.strip_prefix("CapabilityBoundingSet="));
         let allowed: HashSet<Capability> =
             lines.flat_map(str::split_whitespace).map(|word| word.parse().unwrap()).collect();
-        let most = [ALWAYS, MOUNTS, COPIES, VOLUMES, PROGRAMS, &[CAP_SETPCAP]];
+        let most = [ALWAYS, COPIES, VOLUMES, PROGRAMS, &[CAP_SETPCAP]];
         assert_eq!(allowed, most.iter().copied().flatten().copied().collect());
     }
 }

@@ -29,6 +29,8 @@ const OTHER_WAIT: Duration = Duration::from_secs(120);
 const GUARD_WAIT: Duration = Duration::from_secs(40);
 /// How long a `pre_freeze` whose runner is gone, or whose time is over, may take to end with all that it started.
 const HOOK_WAIT: Duration = Duration::from_secs(15);
+/// How long a runner that may stand still in the middle of a release is waited for.
+const STANDING_WAIT: Duration = Duration::from_secs(2);
 const OTHER_PAUSE: Duration = Duration::from_millis(50);
 
 /// What was done for one run, and what could not be.
@@ -78,7 +80,9 @@ pub async fn thaw_all(state_dir: &Path) -> Result<Vec<Thawed>, FileError> {
     }
     for (uid, by_journal) in found {
         let folder = ledger.run(&uid);
-        let released = match folder.lock_alive() {
+        // The last processes of a runner that is gone end by themselves; then nothing of it is anybody else's.
+        let patience = if by_journal.is_runner_gone { HOOK_WAIT } else { Duration::ZERO };
+        let released = match lock_within(patience, || folder.lock_alive()).await {
             Ok(alive) => release(&uid, &folder, alive.as_ref(), by_journal).await,
             Err(error) => Err(error),
         };
@@ -139,13 +143,16 @@ async fn release(
     // A hook cannot release what stays frozen, and is not tried in vain: it has one call only. A filesystem
     // that is not there any more keeps nobody from being released.
     if !by_journal.is_stuck && (alive.is_some() || by_journal.struck) {
-        match lock_thawing(folder).await? {
-            Some(lock) => {
-                let releasing = Releasing { run_uid, folder, note: &note, alive, lock: &lock };
-                releasing.run(&mut thawed).await;
-                thawed.is_free &= by_journal.troubles.is_empty();
-            }
-            None => thawed.troubles.push("somebody else has been releasing it for a long time".to_owned()),
+        // A runner that stands still in a release holds the lock, and must not be waited for: what it has not claimed
+        // is released without it.
+        let patience = if alive.is_some() { OTHER_WAIT } else { STANDING_WAIT };
+        let lock = lock_within(patience, || folder.lock_thawing()).await?;
+        if lock.is_some() || alive.is_none() {
+            let releasing = Releasing { run_uid, folder, note: &note, alive, lock: lock.as_ref() };
+            releasing.run(&mut thawed).await;
+            thawed.is_free &= by_journal.troubles.is_empty();
+        } else {
+            thawed.troubles.push("somebody else has been releasing it for a long time".to_owned());
         }
     }
     let remarks: Vec<String> = thawed.did.iter().chain(&thawed.troubles).cloned().collect();
@@ -163,7 +170,7 @@ struct Releasing<'a> {
     folder: &'a RunFolder,
     note: &'a Note,
     alive: Option<&'a Lock>,
-    lock: &'a Lock,
+    lock: Option<&'a Lock>,
 }
 
 impl Releasing<'_> {
@@ -171,9 +178,9 @@ impl Releasing<'_> {
         let mut is_free = self.let_containers_go(thawed).await;
         for (i, hook) in self.note.hooks.iter().enumerate().rev() {
             if self.is_ours(i, thawed) {
-                self.wait_for_its_pre_hook(i, thawed).await;
+                let lock = self.wait_for_its_pre_hook(i, thawed).await;
                 let spec = hook.spec(&hook.release, self.run_uid, &self.note.service);
-                is_free &= self.release_hook(i, &spec, &hook.name, thawed).await;
+                is_free &= self.release_hook((i, &hook.name), &spec, lock.is_some(), thawed).await;
             }
         }
         // Of a run that lives nobody else can say so: it may be about to claim a hook itself.
@@ -214,27 +221,25 @@ impl Releasing<'_> {
 
     /// A `pre_freeze` that still runs would make its release pointless. One that does not end must not keep the
     /// service for ever.
-    async fn wait_for_its_pre_hook(&self, hook: usize, thawed: &mut Thawed) {
-        let give_up = Instant::now() + HOOK_WAIT;
-        while matches!(self.folder.lock_begun(hook), Ok(None)) {
-            if Instant::now() >= give_up {
-                thawed
-                    .troubles
-                    .push(format!("hook `{}` has not ended and is released all the same", self.note.hooks[hook].name));
-                return;
-            }
-            tokio::time::sleep(OTHER_PAUSE).await;
+    ///
+    /// The lock is kept until it is released, so that a runner that goes on meanwhile does not begin it. `None`: it has
+    /// not ended.
+    async fn wait_for_its_pre_hook(&self, hook: usize, thawed: &mut Thawed) -> Option<Lock> {
+        let lock = lock_within(HOOK_WAIT, || self.folder.lock_begun(hook)).await.ok().flatten();
+        if lock.is_none() {
+            let name = &self.note.hooks[hook].name;
+            thawed
+                .troubles
+                .push(format!("hook `{name}` has not ended, is released all the same, and will be once more"));
         }
+        lock
     }
 
-    /// False: it is owed as before.
-    async fn release_hook(&self, i: usize, spec: &Spec, name: &str, thawed: &mut Thawed) -> bool {
+    /// False: it is owed as before. `has_ended`: its `pre_freeze` has, so that the release is its last word.
+    async fn release_hook(&self, (i, name): (usize, &str), spec: &Spec, has_ended: bool, thawed: &mut Thawed) -> bool {
         if !spec.argv.is_empty() {
-            let inherit: Vec<&dyn std::os::fd::AsFd> = [Some(self.lock), self.alive]
-                .into_iter()
-                .flatten()
-                .map(|lock| &**lock as &dyn std::os::fd::AsFd)
-                .collect();
+            let inherit: Vec<&dyn std::os::fd::AsFd> =
+                [self.lock, self.alive].into_iter().flatten().map(|lock| &**lock as &dyn std::os::fd::AsFd).collect();
             let trouble = match hook::run(spec, &CancellationToken::new(), &inherit, &[]).await {
                 Ok(ended) if ended.is_success() => None,
                 Ok(ended) => Some((ended.was_started(), ended.description())),
@@ -251,7 +256,7 @@ impl Releasing<'_> {
             }
         }
         // A full disk must not keep the other hooks from being released.
-        self.folder.claim_release(i).and_then(|_| self.folder.release_ended(i)).is_ok()
+        has_ended && self.folder.claim_release(i).and_then(|_| self.folder.release_ended(i)).is_ok()
     }
 }
 
@@ -261,6 +266,7 @@ struct ByJournal {
     is_watched: bool,
     is_stuck: bool,
     struck: bool,
+    is_runner_gone: bool,
     thawed: Vec<PathBuf>,
     troubles: Vec<String>,
 }
@@ -280,6 +286,7 @@ impl ByJournal {
                     self.is_watched |= left.is_watched;
                     self.is_stuck |= !left.stuck.is_empty();
                     self.struck |= left.struck;
+                    self.is_runner_gone |= left.is_runner_gone;
                     self.thawed.extend(left.thawed);
                     self.troubles.extend(left.stuck.iter().map(|mount| {
                         format!(
@@ -310,9 +317,17 @@ async fn thaw_left(journal: PathBuf) -> Result<Left, String> {
 
 /// `None`: somebody else releases this run and does not come to an end.
 pub(super) async fn lock_thawing(folder: &RunFolder) -> Result<Option<Lock>, FileError> {
-    let give_up = Instant::now() + OTHER_WAIT;
+    lock_within(OTHER_WAIT, || folder.lock_thawing()).await
+}
+
+/// `None`: somebody held it for all that time.
+async fn lock_within(
+    time: Duration,
+    try_lock: impl Fn() -> Result<Option<Lock>, FileError>,
+) -> Result<Option<Lock>, FileError> {
+    let give_up = Instant::now() + time;
     loop {
-        let lock = folder.lock_thawing()?;
+        let lock = try_lock()?;
         if lock.is_some() || Instant::now() >= give_up {
             return Ok(lock);
         }
