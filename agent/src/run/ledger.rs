@@ -2,12 +2,13 @@
 //!
 //! One folder a run, `STATE/runs/<run id>`: `plan.json` (written and synced before anything is done),
 //! `begun-<n>` and `released-<n>` (hook claims, made with `O_EXCL`), `release-ended-<n>`, `held` (from here
-//! on containers may be held and filesystems frozen) and `let-go` (nothing is any more), `freeze.journal`
-//! (the guard's own), `result.json` (the end of the run; until it is there the run has not succeeded),
+//! on containers may be held and filesystems frozen) and `let-go` (nothing is any more), `freeze.journal`,
+//! `hold.journal` and `hook.journal` (the guards' own), `result.json` (the end of the run; until it is there the run has not succeeded),
 //! `remarks.json` (what was done for the run without its runner), `expired` (retention removed the
-//! artifact), `settled` (nothing is left to do). Two locks: `alive` is held
+//! artifact), `settled` (nothing is left to do). Three locks: `alive` is held
 //! for as long as any process of the run lives (the runner, its hooks, its worker and the archiver inherit
-//! the open file), `thawing` by whoever releases what the run has left held.
+//! the open file), `thawing` by whoever releases what the run has left held, `begun-N` by the supervisor of a
+//! `pre_freeze` while it runs.
 //!
 //! Recovery reads these notes and nothing else; names are never guessed.
 
