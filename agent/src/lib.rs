@@ -7,10 +7,12 @@ pub mod lifecycle;
 pub mod platform;
 
 pub mod escrow;
+pub mod format;
 pub mod guard;
 pub mod hook;
 pub mod policy;
 pub mod status;
+pub mod storage;
 pub mod store;
 pub mod tls;
 

@@ -26,7 +26,7 @@ const DOORS: &[&str] = &["axum", "tonic", "http"];
 
 const AGENT: &[Floor] = &[
     floor(&["platform", "lifecycle"], &["tonic", "rusqlite", "hestner_proto"]),
-    floor(&["escrow", "guard", "hook", "policy", "status", "store", "tls"], &["tonic"]),
+    floor(&["escrow", "format", "guard", "hook", "policy", "status", "storage", "store", "tls"], &["tonic"]),
     floor(&["identity", "report", "gate", "source", "repository", "freeze"], &["rusqlite"]),
     floor(&["scheduler", "run", "inventory", "heartbeat"], NETWORK),
     floor(&["enrolment", "session", "control"], &["rusqlite"]),

@@ -1,6 +1,6 @@
 //! A runner that does nothing but have a window: what the tests of the guard kill, stop and watch.
 //!
-//! The one program of the tests that is made of the agent's own code: it drives the runner's half
+//! A program that is made of the agent's own code: it drives the runner's half
 //! (`guard::client`), and as the guard and its freezers, which are started through `/proc/self/exe`, it is the
 //! agent. Where the guard starts `thaw`, it only notes that in the file that stands for the settings.
 //!
