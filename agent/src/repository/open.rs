@@ -1,0 +1,274 @@
+//! A repository that is open: its config and its keys, and its objects in the clear.
+//!
+//! The calls block. What is read is checked against its name before anybody sees it; what is written gets its
+//! name from what it holds.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::format::compress::{expand, unwrap_file, wrap_file};
+use crate::format::config::Config;
+use crate::format::crypto::{Cipher, NONCE_BYTES};
+use crate::format::index::Index;
+use crate::format::key::{Cost, KeyFile, Maker, MasterKey};
+use crate::format::{FormatError, Id, Timestamp};
+use crate::platform::clock::Clock;
+use crate::storage::{Kind, Object, Storage, StorageError};
+
+use super::errors::EntryErrors;
+use super::index::{BlobIndex, Location};
+
+/// Longest file outside packs, as it is stored.
+const FILE_BYTES_MAX: u64 = 256 * 1024 * 1024;
+/// Longest key file and config.
+const SMALL_BYTES_MAX: u64 = 64 * 1024;
+/// How many key files are tried: each costs what scrypt costs.
+const KEYS_MAX: usize = 20;
+
+/// An operation on an open repository that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ArchiveError {
+    /// The place of its objects failed.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// An object is not what it must be.
+    #[error("{object} cannot be used")]
+    Object {
+        /// Which.
+        object: String,
+        /// Why.
+        #[source]
+        source: FormatError,
+    },
+    /// Something could not be written in the format.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// There is no repository.
+    #[error("there is no repository at {0}")]
+    None(String),
+    /// There is one already.
+    #[error("there is a repository at {0} already")]
+    Exists(String),
+    /// No key file opens with the password.
+    #[error("the password does not open the repository at {0}")]
+    WrongPassword(String),
+    /// Somebody else holds it.
+    #[error("the repository is locked by {0}")]
+    Locked(String),
+    /// Our own lock could not be kept, so somebody may prune meanwhile.
+    #[error("the lock on the repository could not be kept")]
+    LockLost,
+    /// No random numbers.
+    #[error("no random numbers: {0}")]
+    Random(String),
+    /// Entries of the source could not be read; there is no snapshot.
+    #[error("{} entries could not be read: {}", .0.unreadable, .0.names.join(", "))]
+    Unreadable(EntryErrors),
+    /// Whoever produced the stream failed; there is no snapshot.
+    #[error("the stream did not end well: {0}")]
+    Stream(String),
+    /// The caller cancelled it; there is no snapshot.
+    #[error("it was cancelled")]
+    Cancelled,
+    /// A part of this program failed.
+    #[error("{0}")]
+    Broken(String),
+}
+
+/// Who works on a repository, as it is written into locks, keys and snapshots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Who {
+    /// The host's name.
+    pub hostname: String,
+    /// The user's name.
+    pub username: String,
+    /// The user.
+    pub uid: u32,
+    /// The group.
+    pub gid: u32,
+}
+
+impl Who {
+    /// This process.
+    pub fn this_process() -> Self {
+        let uid = nix::unistd::getuid();
+        let user = nix::unistd::User::from_uid(uid).ok().flatten();
+        Self {
+            hostname: nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
+            username: user.map(|user| user.name).unwrap_or_default(),
+            uid: uid.as_raw(),
+            gid: nix::unistd::getgid().as_raw(),
+        }
+    }
+}
+
+/// Now, as the format writes it.
+pub(super) fn timestamp(clock: &dyn Clock) -> Timestamp {
+    let now = clock.now();
+    Timestamp { seconds: now.timestamp(), nanos: now.timestamp_subsec_nanos().min(999_999_999) }
+}
+
+/// Random bytes of the operating system.
+pub(super) fn random<const N: usize>() -> Result<[u8; N], ArchiveError> {
+    let mut bytes = [0_u8; N];
+    getrandom::fill(&mut bytes).map_err(|error| ArchiveError::Random(error.to_string()))?;
+    Ok(bytes)
+}
+
+/// An open repository.
+#[derive(Clone)]
+pub struct Archive {
+    storage: Arc<dyn Storage>,
+    cipher: Arc<Cipher>,
+    config: Config,
+}
+
+impl fmt::Debug for Archive {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Archive").field("place", &self.storage.place()).field("id", &self.config.id).finish()
+    }
+}
+
+impl Archive {
+    /// Makes a repository where there is none: a key file behind the password, then the config.
+    ///
+    /// # Errors
+    /// [`ArchiveError::Exists`]; otherwise when the place fails.
+    pub fn make(
+        storage: Arc<dyn Storage>,
+        password: &[u8],
+        cost: Cost,
+        who: &Who,
+        clock: &dyn Clock,
+    ) -> Result<Self, ArchiveError> {
+        if !storage.list(Kind::Config)?.is_empty() {
+            return Err(ArchiveError::Exists(storage.place()));
+        }
+        let master = MasterKey::new(random()?);
+        let maker = Maker {
+            created: timestamp(clock).to_string(),
+            username: who.username.clone(),
+            hostname: who.hostname.clone(),
+            salt: random()?,
+            nonce: random()?,
+        };
+        let key = KeyFile::make(&master, password, cost, maker)?.to_bytes()?;
+        storage.put(&Object::new(Kind::Key, Id::of(&key).to_hex()), &key)?;
+        let config = Config::make(random()?, || random().map(u64::from_le_bytes))?;
+        let cipher = Arc::new(master.cipher());
+        let sealed = cipher.seal(&random()?, &config.to_bytes()?);
+        storage.put(&Object::new(Kind::Config, "config"), &sealed)?;
+        Ok(Self { storage, cipher, config })
+    }
+
+    /// Opens a repository.
+    ///
+    /// # Errors
+    /// [`ArchiveError::None`], [`ArchiveError::WrongPassword`]; otherwise when the place fails or an object is
+    /// damaged.
+    pub fn open(storage: Arc<dyn Storage>, password: &[u8]) -> Result<Self, ArchiveError> {
+        let config = Object::new(Kind::Config, "config");
+        let sealed = match storage.get(&config, SMALL_BYTES_MAX) {
+            Err(StorageError::Missing(_)) => return Err(ArchiveError::None(storage.place())),
+            got => got?,
+        };
+        let cipher = Arc::new(master_key(storage.as_ref(), password)?.cipher());
+        let plain = cipher.open("config", sealed).and_then(|plain| Config::parse(&plain));
+        let config = plain.map_err(unusable(&config))?;
+        Ok(Self { storage, cipher, config })
+    }
+
+    /// What it says of itself.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Where its objects are.
+    pub fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
+    pub(super) fn cipher(&self) -> &Cipher {
+        &self.cipher
+    }
+
+    /// A file outside packs, in the clear.
+    ///
+    /// # Errors
+    /// When it cannot be had, or is damaged.
+    pub fn read_file(&self, kind: Kind, id: &str) -> Result<Vec<u8>, ArchiveError> {
+        let object = Object::new(kind, id);
+        let sealed = self.storage.get(&object, FILE_BYTES_MAX)?;
+        if Id::of(&sealed).to_hex() != id {
+            return Err(unusable(&object)(FormatError::Forged("file")));
+        }
+        let plain = self.cipher.open("file", sealed).and_then(|plain| unwrap_file("file", plain));
+        plain.map_err(unusable(&object))
+    }
+
+    /// Writes a file outside packs: its object, and how many bytes are stored.
+    ///
+    /// # Errors
+    /// When the place fails.
+    pub fn write_file(&self, kind: Kind, plain: &[u8]) -> Result<(Object, u64), ArchiveError> {
+        let nonce: [u8; NONCE_BYTES] = random()?;
+        let sealed = self.cipher.seal(&nonce, &wrap_file(plain)?);
+        let object = Object::new(kind, Id::of(&sealed).to_hex());
+        self.storage.put(&object, &sealed)?;
+        Ok((object, sealed.len() as u64))
+    }
+
+    /// All index files as one index. Packs that are not there, or are shorter than what is said to lie in them,
+    /// are left out: what they should hold counts as not stored.
+    ///
+    /// # Errors
+    /// When the place fails, or an index is damaged.
+    pub fn load_index(&self) -> Result<BlobIndex, ArchiveError> {
+        // In this order: whoever writes beside us puts packs before the index files that name them.
+        let names = self.storage.list(Kind::Index)?;
+        let packs = self.storage.list(Kind::Pack)?.into_iter();
+        let index = BlobIndex::new(packs.filter_map(|(name, bytes)| Some((name.parse().ok()?, bytes))).collect());
+        for (name, _) in names {
+            // Nobody prunes beside our lock, so that one which is missing is as bad as a damaged one.
+            let bytes = self.read_file(Kind::Index, &name)?;
+            let parsed = Index::parse(&bytes).map_err(unusable(&Object::new(Kind::Index, name)))?;
+            parsed.packs.iter().for_each(|pack| index.add_stored(pack));
+        }
+        Ok(index)
+    }
+
+    /// A blob in the clear, out of its stored bytes; checked against its name.
+    ///
+    /// # Errors
+    /// When it is not what it must be.
+    pub(super) fn open_blob(&self, id: &Id, at: &Location, sealed: Vec<u8>) -> Result<Vec<u8>, ArchiveError> {
+        let plain = self.cipher.open("blob", sealed).and_then(|plain| match at.raw_length {
+            Some(length) => expand("blob", &plain, length as usize),
+            None => Ok(plain),
+        });
+        let plain = plain.and_then(|plain| match Id::of(&plain) == *id {
+            true => Ok(plain),
+            false => Err(FormatError::Forged("blob")),
+        });
+        plain.map_err(unusable(&Object::new(Kind::Pack, at.pack.to_hex())))
+    }
+}
+
+fn unusable(object: &Object) -> impl Fn(FormatError) -> ArchiveError + '_ {
+    |source| ArchiveError::Object { object: object.to_string(), source }
+}
+
+/// Tries the password on key file after key file. One that is damaged does not hide another.
+fn master_key(storage: &dyn Storage, password: &[u8]) -> Result<MasterKey, ArchiveError> {
+    let mut hindered = None;
+    for (name, _) in storage.list(Kind::Key)?.into_iter().take(KEYS_MAX) {
+        let object = Object::new(Kind::Key, name);
+        let bytes = storage.get(&object, SMALL_BYTES_MAX)?;
+        match KeyFile::parse(&bytes).and_then(|key| key.open(password)) {
+            Ok(key) => return Ok(key),
+            Err(FormatError::WrongPassword) => {}
+            Err(error) => hindered = Some(unusable(&object)(error)),
+        }
+    }
+    Err(hindered.unwrap_or_else(|| ArchiveError::WrongPassword(storage.place())))
+}
