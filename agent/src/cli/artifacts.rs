@@ -68,13 +68,22 @@ pub(super) async fn restore(settings: &Settings, run_uid: &str, target: &Path, a
         artifact.run.service,
         target.display()
     );
-    artifact.repository.restore(&artifact.snapshot_id, target).await.map_err(|e| complaint(&e))?;
+    let restored = artifact.repository.restore(&artifact.snapshot_id, target).await;
+    let warnings = restored.map_err(|e| complaint(&e))?;
+    warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
     if as_json {
-        output::json(
-            &json!({"run_uid": run_uid, "snapshot_id": artifact.snapshot_id, "target": target, "verified": true}),
-        );
+        output::json(&json!({
+            "run_uid": run_uid,
+            "snapshot_id": artifact.snapshot_id,
+            "target": target,
+            "verified": true,
+            "warnings": warnings,
+        }));
     } else {
-        output::line(&format!("restored run {run_uid} to {}, and compared what was written", target.display()));
+        output::line(&format!(
+            "restored run {run_uid} to {}; every byte was checked before it was written",
+            target.display()
+        ));
     }
     Ok(())
 }

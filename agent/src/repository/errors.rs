@@ -4,8 +4,12 @@ use std::path::{Path, PathBuf};
 
 use hestner_proto::words::ErrorClass;
 
+use super::open::ArchiveError;
+use super::restore::RestoreError;
+use super::verify::VerifyError;
 use crate::platform::command::CommandError;
 use crate::platform::files::FileError;
+use crate::storage::StorageError;
 
 /// Entries of a source that the archiver stumbled over.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -74,6 +78,15 @@ pub enum RepositoryError {
         /// The object.
         path: PathBuf,
     },
+    /// Our own archive engine failed.
+    #[error(transparent)]
+    Archive(ArchiveError),
+    /// A restore did not end well.
+    #[error(transparent)]
+    Restore(RestoreError),
+    /// The repository is not whole.
+    #[error(transparent)]
+    Damaged(VerifyError),
     /// The repository is not as it must be.
     #[error("{0}")]
     Surprise(String),
@@ -89,6 +102,43 @@ pub enum RepositoryError {
     /// One of the host's own files about it could not: its password, its id.
     #[error(transparent)]
     OwnFile(FileError),
+}
+
+impl From<ArchiveError> for RepositoryError {
+    fn from(error: ArchiveError) -> Self {
+        match error {
+            ArchiveError::Locked(by) => Self::Locked(by),
+            ArchiveError::Unreadable(entries) => Self::Unreadable(entries),
+            ArchiveError::Cancelled => Self::Cancelled,
+            other => Self::Archive(other),
+        }
+    }
+}
+
+impl From<RestoreError> for RepositoryError {
+    fn from(error: RestoreError) -> Self {
+        match error {
+            RestoreError::Archive(error) => error.into(),
+            RestoreError::Cancelled => Self::Cancelled,
+            other => Self::Restore(other),
+        }
+    }
+}
+
+fn archive_class(error: &ArchiveError) -> ErrorClass {
+    match error {
+        ArchiveError::Storage(StorageError::Full(_)) => ErrorClass::DestinationFull,
+        ArchiveError::Storage(_) | ArchiveError::None(_) | ArchiveError::Exists(_) | ArchiveError::LockLost => {
+            ErrorClass::RepositoryUnavailable
+        }
+        ArchiveError::WrongPassword(_) => ErrorClass::RepositoryWrongKey,
+        ArchiveError::Locked(_) => ErrorClass::RepositoryUnavailable,
+        ArchiveError::Unreadable(_) => ErrorClass::SourceUnreadable,
+        ArchiveError::Stream(_) => ErrorClass::ProducerFailed,
+        ArchiveError::Cancelled => ErrorClass::Cancelled,
+        ArchiveError::Object { .. } => ErrorClass::VerifyFailed,
+        ArchiveError::Format(_) | ArchiveError::Random(_) | ArchiveError::Broken(_) => ErrorClass::ArchiverFailed,
+    }
 }
 
 fn entries(count: u64) -> String {
@@ -118,7 +168,11 @@ impl RepositoryError {
             Self::Unreadable(_) | Self::RemovalOwed { .. } => ErrorClass::SourceUnreadable,
             Self::Killed { .. } => ErrorClass::ArchiverKilled,
             Self::Cancelled => ErrorClass::Cancelled,
-            Self::Differs { .. } => ErrorClass::VerifyFailed,
+            Self::Archive(error) => archive_class(error),
+            Self::Differs { .. } | Self::Damaged(_) | Self::Restore(RestoreError::Incomplete { .. }) => {
+                ErrorClass::VerifyFailed
+            }
+            Self::Restore(_) => ErrorClass::ArchiverFailed,
             Self::File(_) => ErrorClass::RepositoryUnavailable,
             Self::Failed { .. } | Self::Surprise(_) | Self::Command(_) => ErrorClass::ArchiverFailed,
         }

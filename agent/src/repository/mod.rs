@@ -1,8 +1,12 @@
 //! Where artifacts are kept: one repository in restic's format per server, destination and encryption mode.
 //!
 //! The face is [`Repository`]: open or make, store, list, forget, read back, restore. Behind it stands
-//! stock restic today (`restic`); nobody outside this module knows its words. What goes in is a [`Job`],
+//! our own engine (`own`) for restore and verify, and for storing stock restic (`restic`) or, if the settings
+//! say so, the engine; nobody outside this module knows which. What goes in is a [`Job`],
 //! what comes out a [`Stored`] or a [`RepositoryError`] with a stable class; progress goes to a callback.
+//!
+//! An engine of our own stands beside it and is to take its place: [`open`] (a repository and its objects),
+//! [`index`], [`lock`] and [`write`](mod@write), which do not know restic.
 //!
 //! Who may run beside whom (restic's lock files hold them apart across machines and tools; the service
 //! lock of a run holds apart two runs of one service here):
@@ -19,13 +23,23 @@
 
 mod contents;
 mod errors;
+pub mod index;
 mod keys;
+pub mod lock;
 mod locks;
+pub mod open;
+mod own;
 mod restic;
+pub mod restore;
 pub mod retention;
+pub mod snapshots;
+pub mod verify;
+pub mod write;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -43,10 +57,25 @@ pub use errors::{EntryErrors, RepositoryError};
 /// How many unreadable entries are named.
 pub const UNREADABLE_NAMES_MAX: usize = 20;
 
+/// Who reads a source and writes it into the repository. The format is the same.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Archiver {
+    /// Stock restic.
+    #[default]
+    Restic,
+    /// Our own engine.
+    Hestner,
+}
+
 /// Settings of repositories.
 #[derive(Clone, Debug, Deserialize, TomlExample)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
+    /// Who stores: `restic`, or `hestner`, the engine of its own, which can be tried out. Either reads what the other
+    /// wrote.
+    #[toml_example(default = "restic")]
+    pub archiver: Archiver,
     /// The restic program; version 0.14 or later.
     #[toml_example(default = "/usr/bin/restic")]
     pub restic: PathBuf,
@@ -61,7 +90,12 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { restic: "/usr/bin/restic".into(), cache_dir: PathBuf::new(), lock_wait: Duration::from_secs(600) }
+        Self {
+            archiver: Archiver::default(),
+            restic: "/usr/bin/restic".into(),
+            cache_dir: PathBuf::new(),
+            lock_wait: Duration::from_secs(600),
+        }
     }
 }
 
@@ -98,6 +132,9 @@ pub struct Location {
     pub server_id: i64,
     /// The folder of password files.
     pub keys: PathBuf,
+    /// Who stores.
+    #[serde(default)]
+    pub archiver: Archiver,
     /// The restic program.
     pub restic: PathBuf,
     /// restic's cache.
@@ -125,6 +162,7 @@ impl Location {
             mode,
             server_id,
             keys: state_dir.join("keys"),
+            archiver: settings.archiver,
             restic: settings.restic.clone(),
             cache,
             lock_wait_seconds: settings.lock_wait.as_secs(),
@@ -266,10 +304,16 @@ impl Repository {
             (false, None) => {
                 keys::make_password(&self.location.password_file())?;
                 self.clear_unfinished()?;
-                self.engine.init().await?;
+                match self.location.archiver {
+                    Archiver::Restic => self.engine.init().await?,
+                    Archiver::Hestner => drop(own::make(&self.location).await?),
+                }
             }
         }
-        let id = self.engine.id().await?;
+        let id = match self.location.archiver {
+            Archiver::Restic => self.engine.id().await?,
+            Archiver::Hestner => own::id(&self.location).await?,
+        };
         let key = self.key(&id, recovery_recipient)?;
         keys::lay_beside(&self.location.path(), &key)?;
         files::write(&self.location.id_file(), id.as_bytes(), 0o600)?;
@@ -298,6 +342,7 @@ impl Repository {
     /// Stores a job, and returns only what is whole: every byte read, every object synced by restic.
     /// `stream` is where a [`Input::Stream`] is read from; `cancelled` ends the archiver at once when it
     /// completes. Locks of dead processes are cleared first; another user's is waited for.
+    /// `ended_well` is true as soon as the stream's producer has: an end before that is none.
     ///
     /// # Errors
     /// Whatever kept it from being whole. The snapshot of a partial read is removed before this returns;
@@ -305,10 +350,13 @@ impl Repository {
     pub async fn store(
         &self,
         job: &Job,
-        stream: Option<OwnedFd>,
+        (stream, ended_well): (Option<OwnedFd>, Arc<AtomicBool>),
         cancelled: impl Future<Output = ()>,
         mut on_progress: impl FnMut(Progress),
     ) -> Result<Stored, RepositoryError> {
+        if self.location.archiver == Archiver::Hestner {
+            return own::store(&self.location, job, stream, ended_well, cancelled, on_progress).await;
+        }
         locks::clear_stale(&self.engine, &self.location.path()).await?;
         tokio::pin!(cancelled);
         let give_up = Instant::now() + Duration::from_secs(self.location.lock_wait_seconds);
@@ -369,6 +417,9 @@ impl Repository {
     /// # Errors
     /// When the repository cannot be opened.
     pub async fn snapshots(&self) -> Result<Vec<Snapshot>, RepositoryError> {
+        if self.location.archiver == Archiver::Hestner {
+            return own::snapshots(&self.location).await;
+        }
         self.engine.snapshots().await
     }
 
@@ -381,6 +432,9 @@ impl Repository {
             // One that was there before is on a disk that is not mounted now, with whatever it holds.
             let known = self.location.id_file().exists();
             return if known { Err(RepositoryError::Gone(self.location.path())) } else { Ok(()) };
+        }
+        if self.location.archiver == Archiver::Hestner {
+            return own::forget_run(&self.location, run_uid).await;
         }
         locks::clear_stale(&self.engine, &self.location.path()).await?;
         let of_run =
@@ -434,12 +488,12 @@ impl Repository {
         Ok(self.contents()?.bytes())
     }
 
-    /// Writes a snapshot's tree below `target` and compares what was written.
+    /// Writes a snapshot's tree below `target`. Returns what this user or filesystem could not set, as sentences.
     ///
     /// # Errors
     /// When anything could not be written as it was stored.
-    pub async fn restore(&self, snapshot_id: &str, target: &Path) -> Result<(), RepositoryError> {
-        self.engine.restore(snapshot_id, target).await
+    pub async fn restore(&self, snapshot_id: &str, target: &Path) -> Result<Vec<String>, RepositoryError> {
+        own::restore(&self.location, snapshot_id, target).await
     }
 
     /// Reads a snapshot's whole tree and checks the repository's structure and all its data.
@@ -447,6 +501,6 @@ impl Repository {
     /// # Errors
     /// When anything is damaged.
     pub async fn verify(&self, snapshot_id: &str) -> Result<(), RepositoryError> {
-        self.engine.verify(snapshot_id).await
+        own::verify(&self.location, snapshot_id).await
     }
 }

@@ -190,16 +190,6 @@ impl Restic {
         self.run_when_unlocked("remove snapshots", &arguments).await
     }
 
-    pub(super) async fn restore(&self, id: &str, target: &Path) -> Result<(), RepositoryError> {
-        let target = target.to_string_lossy();
-        self.run_when_unlocked("restore", &["restore", "--verify", id, "--target", &target]).await
-    }
-
-    pub(super) async fn verify(&self, id: &str) -> Result<(), RepositoryError> {
-        self.run_when_unlocked("check the repository", &["check", "--read-data"]).await?;
-        self.run("list the artifact", &["ls", id], WORK).await.map(drop)
-    }
-
     /// Backs up, following the JSON lines; `cancelled` kills restic.
     pub(super) async fn backup(
         &self,

@@ -9,6 +9,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use hestner_proto::words::{ErrorClass, Phase};
@@ -103,13 +105,17 @@ impl Store {
     ) -> io::Result<WorkerEvent> {
         let (events, mut waiting) = mpsc::channel(EVENTS_WAITING);
         let (read, mut write) = stream.map(|ends| (ends.read, ends.write)).unzip();
+        let ended_well = Arc::new(AtomicBool::new(false));
+        let ends_well = Arc::clone(&ended_well);
         let cancelled = async {
             while let Some(WorkerOrder::EndOfStream) = receive(&mut input).await {
+                // Before the end can be seen.
+                ends_well.store(true, Ordering::Release);
                 // The only other holders are the runner, which closes its own, and the producer, which ended.
                 drop(write.take());
             }
         };
-        let work = self.work(read, cancelled, events);
+        let work = self.work((read, ended_well), cancelled, events);
         tokio::pin!(work);
         loop {
             tokio::select! {
@@ -126,7 +132,7 @@ impl Store {
 
     async fn work(
         &self,
-        stream: Option<OwnedFd>,
+        stream: (Option<OwnedFd>, Arc<AtomicBool>),
         cancelled: impl Future<Output = ()>,
         events: mpsc::Sender<WorkerEvent>,
     ) -> Result<WorkerEvent, Failure> {
@@ -139,7 +145,7 @@ impl Store {
 
     async fn store(
         &self,
-        stream: Option<OwnedFd>,
+        stream: (Option<OwnedFd>, Arc<AtomicBool>),
         cancelled: impl Future<Output = ()>,
         events: mpsc::Sender<WorkerEvent>,
     ) -> Result<WorkerEvent, RepositoryError> {
