@@ -109,12 +109,19 @@ impl Index {
     }
 }
 
+/// Longest blob, as it is stored and in the clear: pieces of files have 8 MiB at most, the tree of a folder with a
+/// million entries some hundred.
+const BLOB_BYTES_MAX: u32 = 512 * 1024 * 1024;
+
 fn pack(json: PackJson) -> Result<IndexedPack, FormatError> {
     let blob = |blob: BlobJson| {
         if (blob.length as usize) < OVERHEAD_BYTES || blob.offset.checked_add(blob.length).is_none() {
             return Err(FormatError::damaged(WHAT, format!("{:?} cannot lie where it says", blob.id)));
         }
         let raw_length = blob.uncompressed_length.filter(|&length| length > 0);
+        if blob.length.max(raw_length.unwrap_or(0)) > BLOB_BYTES_MAX {
+            return Err(FormatError::damaged(WHAT, format!("{:?} is longer than any blob may be", blob.id)));
+        }
         Ok(PackedBlob { kind: blob.kind, id: blob.id, offset: blob.offset, length: blob.length, raw_length })
     };
     Ok(IndexedPack { id: json.id, blobs: json.blobs.into_iter().map(blob).collect::<Result<_, _>>()? })

@@ -223,6 +223,20 @@ pub fn reap_all(mut on_exit: impl FnMut(Pid, WaitStatus)) -> bool {
     }
 }
 
+/// When a process began, in seconds of the clock as it is now. `None`: it does not live, or cannot be looked at.
+pub fn began_at(pid: i32) -> Option<i64> {
+    if !lives(pid) {
+        return None;
+    }
+    let stat = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")).ok()?;
+    // The name in brackets may hold anything; the 22nd field of proc(5) is the 20th after it.
+    let ticks: i64 = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()?;
+    let a_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok()??;
+    let system = std::fs::read_to_string("/proc/stat").ok()?;
+    let booted: i64 = system.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
+    Some(booted + ticks / a_second)
+}
+
 /// Whether a process lives and runs the program of that name (as the kernel shows it, 15 bytes). One that
 /// has ended and was not waited for yet does not live.
 pub fn is_running_as(pid: i32, name: &str) -> bool {

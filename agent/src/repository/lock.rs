@@ -21,6 +21,8 @@ use super::open::{Archive, ArchiveError, Who, timestamp};
 const REFRESH_EVERY: Duration = Duration::from_secs(300);
 /// How often our lock's removal is tried: one that stays hinders whoever wants to prune.
 const REMOVALS: usize = 3;
+/// How far two readings of the clock may lie apart.
+const CLOCK_SECONDS: i64 = 5;
 /// After so many failed tries in a row our lock may look stale to others.
 const FAILURES_MAX: u32 = 4;
 
@@ -64,9 +66,9 @@ impl HeldLock {
         Ok(held)
     }
 
-    /// Whether it could be kept so far.
+    /// Whether it could be kept so far: refreshed in time, and removed by nobody.
     pub fn is_held(&self) -> bool {
-        !self.lost.load(Ordering::Acquire)
+        !self.lost.load(Ordering::Acquire) && is_there(&self.archive, &self.object)
     }
 
     fn keep(&mut self, sharing: Sharing, who: Who, clock: SharedClock) -> Result<(), ArchiveError> {
@@ -75,6 +77,10 @@ impl HeldLock {
         let refresh = move || {
             let mut failures = 0;
             while stopped.recv_timeout(REFRESH_EVERY) == Err(mpsc::RecvTimeoutError::Timeout) {
+                // Somebody took it for stale, and may have pruned since.
+                if !is_there(&archive, &object) {
+                    lost.store(true, Ordering::Release);
+                }
                 match write(&archive, sharing, &who, &clock) {
                     Ok((new, _)) => {
                         failures = 0;
@@ -152,9 +158,26 @@ fn refuse_conflicts(archive: &Archive, sharing: Sharing, who: &Who, own: Option<
     Ok(())
 }
 
+/// A listing that cannot be had says nothing against it.
+fn is_there(archive: &Archive, object: &Mutex<Object>) -> bool {
+    let name = object.lock().unwrap_or_else(PoisonError::into_inner).name.clone();
+    archive.storage().list(Kind::Lock).map_or(true, |locks| locks.iter().any(|(other, _)| *other == name))
+}
+
 /// Whether its process was one of this host and is none any more.
 fn is_stale(lock: &Lock, host: &str) -> bool {
+    lock.hostname == host && !is_held_by(lock.pid, lock.time.seconds)
+}
+
+/// Whether the process that made a lock at that time lives. A program of another name may be a restic that somebody has
+/// renamed; it has the number from somebody else only if it began after the lock.
+fn is_held_by(pid: i32, made_at: i64) -> bool {
+    let is_known = || is_archiver(pid, "restic");
+    is_known() || process::began_at(pid).is_some_and(|began| began <= made_at + CLOCK_SECONDS)
+}
+
+/// Whether a process lives and is an archiver: ours, or a restic, also one of that name.
+pub(super) fn is_archiver(pid: i32, restic: &str) -> bool {
     let own = std::fs::read_to_string("/proc/self/comm").unwrap_or_default();
-    let alive = || ["restic", own.trim_end()].iter().any(|name| process::is_running_as(lock.pid, name));
-    lock.hostname == host && !alive()
+    ["restic", restic, own.trim_end()].iter().any(|name| process::is_running_as(pid, name))
 }

@@ -11,8 +11,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::RepositoryError;
+use super::lock::is_archiver;
 use super::restic::{LockFile, Restic};
-use crate::platform::{files, process};
+use crate::platform::files;
 
 /// How long a process may take to die of a SIGKILL that was already sent.
 const DYING_WAIT: Duration = Duration::from_secs(3);
@@ -52,8 +53,7 @@ async fn becomes_stale(lock: &LockFile, host: &str, program: &str) -> bool {
 }
 
 fn is_stale(lock: &LockFile, host: &str, program: &str) -> bool {
-    let alive = || ["restic", program].iter().any(|name| process::is_running_as(lock.pid, name));
-    lock.hostname == host && !alive()
+    lock.hostname == host && !is_archiver(lock.pid, program)
 }
 
 #[cfg(test)]
@@ -66,8 +66,14 @@ mod tests {
 
     #[test]
     fn lock_of_a_number_that_another_program_has_now_is_stale() {
+        let other = std::os::unix::process::parent_id().cast_signed();
+        assert!(is_stale(&lock("here", other), "here", "restic"));
+    }
+
+    #[test]
+    fn lock_of_our_own_engine_is_not_taken_for_a_stranger_s() {
         let own = std::process::id().cast_signed();
-        assert!(is_stale(&lock("here", own), "here", "restic"));
+        assert!(!is_stale(&lock("here", own), "here", "restic"));
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! Where artifacts are kept: one repository in restic's format per server, destination and encryption mode.
 //!
-//! The face is [`Repository`]: open or make, store, list, forget, read back, restore. Behind it stands
-//! our own engine (`own`) for restore and verify, and for storing stock restic (`restic`) or, if the settings
-//! say so, the engine; nobody outside this module knows which. What goes in is a [`Job`],
-//! what comes out a [`Stored`] or a [`RepositoryError`] with a stable class; progress goes to a callback.
+//! The face is [`Repository`]: open or make, store, list, forget, read back, restore, verify. What goes in is a
+//! [`Job`], what comes out a [`Stored`] or a [`RepositoryError`] with a stable class; progress goes to a callback.
 //!
-//! An engine of our own stands beside it and is to take its place: [`open`] (a repository and its objects),
-//! [`index`], [`lock`] and [`write`](mod@write), which do not know restic.
+//! Behind it stands an engine of our own: [`open`] (a repository and its objects), [`index`], [`lock`],
+//! [`write`](mod@write), [`restore`], [`verify`], [`snapshots`], reached through `own`. It restores and verifies, and
+//! stores if the settings say so; otherwise stock restic stores (`restic`), which prunes in any case. Nobody outside
+//! of this module knows which.
 //!
 //! Who may run beside whom (restic's lock files hold them apart across machines and tools; the service
 //! lock of a run holds apart two runs of one service here):
@@ -17,7 +17,9 @@
 //! | forget, prune | no, waits | no, waits | no, waits | yes |
 //! | restore, verify | yes | no, waits | yes | yes |
 //!
-//! The commit gate: restic writes its snapshot even when it could not read everything (exit code 3), so
+//! Our engine removes the snapshot of a failed run beside others: the file alone goes, and no data.
+//!
+//! The commit gate: the engine writes a snapshot only from what is whole. restic writes its snapshot even when it could not read everything (exit code 3), so
 //! [`Repository::store`] removes such a snapshot before it returns, and recovery removes it if this process
 //! died in between. Nothing partial is ever counted or offered.
 

@@ -75,6 +75,17 @@ pub enum ArchiveError {
     Broken(String),
 }
 
+impl ArchiveError {
+    /// Whether one object is missing, damaged or cannot be read, and others may be sound: a bad sector of a disk.
+    pub fn is_of_one_object(&self) -> bool {
+        match self {
+            Self::Object { .. } | Self::Storage(StorageError::Missing(_) | StorageError::TooBig { .. }) => true,
+            Self::Storage(StorageError::Failed { operation, .. }) => *operation == "read",
+            _ => false,
+        }
+    }
+}
+
 /// Who works on a repository, as it is written into locks, keys and snapshots.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Who {

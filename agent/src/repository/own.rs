@@ -11,27 +11,29 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
+use zeroize::Zeroizing;
 
 use super::lock::{HeldLock, Sharing};
 use super::open::{Archive, ArchiveError, Who};
 use super::restore::{self, Reader};
 use super::snapshots;
 use super::verify::{self, Extent, VerifyError};
-use super::write::{Cancel, Counters, Files, Options, Source};
+use super::write::{Cancel, Counters, Files, Options, Patterns, Source};
 use super::{Input, Job, Location, Progress, RepositoryError, Snapshot, Stored};
 use crate::format::Id;
 use crate::format::key::Cost;
 use crate::platform::clock::{SharedClock, SystemClock};
 use crate::platform::files;
-use crate::storage::Folder;
+use crate::storage::{Folder, Object};
 
 /// Pause between two tries to get the lock.
 const LOCK_PAUSE: Duration = Duration::from_millis(500);
 /// How often it is looked how far a store is.
 const LOOK_PAUSE: Duration = Duration::from_millis(250);
-/// How long a store that was called off may take to end. One that waits for its stream ends with the process.
+/// How long a store of files that was called off may take to end.
 const CANCEL_GRACE: Duration = Duration::from_secs(10);
 /// A password is some hundred bytes at most.
 const PASSWORD_BYTES_MAX: u64 = 16 * 1024;
@@ -48,8 +50,11 @@ impl Place {
         Self { path: location.path(), password_file: location.password_file() }
     }
 
-    fn password(&self) -> Result<Vec<u8>, RepositoryError> {
-        files::read(&self.password_file, PASSWORD_BYTES_MAX).map_err(RepositoryError::OwnFile)
+    /// Without the white space around it, as restic reads such a file.
+    fn password(&self) -> Result<Zeroizing<Vec<u8>>, RepositoryError> {
+        let read = files::read(&self.password_file, PASSWORD_BYTES_MAX).map_err(RepositoryError::OwnFile)?;
+        let read = Zeroizing::new(read);
+        Ok(Zeroizing::new(read.trim_ascii().to_vec()))
     }
 
     fn open(&self) -> Result<Archive, RepositoryError> {
@@ -128,6 +133,24 @@ fn locked(archive: &Archive, give_up: Instant) -> Result<HeldLock, RepositoryErr
     }
 }
 
+/// For whoever only reads: a place that takes nothing more, such as a disk that is mounted read-only, is read without a
+/// lock.
+fn locked_to_read(archive: &Archive, give_up: Instant) -> Result<Option<HeldLock>, RepositoryError> {
+    match locked(archive, give_up) {
+        Err(RepositoryError::Archive(ArchiveError::Storage(error))) => {
+            tracing::warn!(event = "read_without_lock", %error);
+            Ok(None)
+        }
+        other => other.map(Some),
+    }
+}
+
+/// `restic unlock` asks whether a lock's process lives by sending it SIGHUP, which must not end us.
+fn outlive_unlock() {
+    // Once heard by anybody the signal ends nothing; if it cannot be, it is as before.
+    let _ = signal(SignalKind::hangup());
+}
+
 fn give_up(location: &Location) -> Instant {
     Instant::now() + Duration::from_secs(location.lock_wait_seconds)
 }
@@ -142,6 +165,7 @@ pub(super) async fn store(
     cancelled: impl Future<Output = ()>,
     mut on_progress: impl FnMut(Progress),
 ) -> Result<Stored, RepositoryError> {
+    outlive_unlock();
     let (cancel, counters) = (Cancel::default(), Arc::new(Counters::default()));
     let storing = {
         let (place, job, give_up) = (Place::of(location), job.clone(), give_up(location));
@@ -168,13 +192,16 @@ pub(super) async fn store(
             stored = &mut storing => break stored?,
             () = &mut cancelled => {
                 cancel.cancel();
-                // If it was faster, its snapshot is removed like any of a failed run.
-                let _ = tokio::time::timeout(CANCEL_GRACE, storing).await;
+                // If it was faster, its snapshot is removed like any of a failed run. One that waits for its stream
+                // cannot be called.
+                let grace = if matches!(job.input, Input::Files { .. }) { CANCEL_GRACE } else { LOOK_PAUSE };
+                let _ = tokio::time::timeout(grace, storing).await;
                 return Err(RepositoryError::Cancelled);
             }
             () = tokio::time::sleep(LOOK_PAUSE) => on_progress(progress(&counters)),
         }
     };
+    all_there(&location.path(), &stored.objects)?;
     Ok(Stored {
         snapshot_id: stored.snapshot.to_hex(),
         bytes_read: stored.bytes,
@@ -184,6 +211,17 @@ pub(super) async fn store(
     })
 }
 
+/// What was put must still be there: somebody may have pruned beside us in spite of our lock.
+fn all_there(repository: &Path, objects: &[(Object, u64)]) -> Result<(), RepositoryError> {
+    let is_there = |(object, bytes): &&(Object, u64)| {
+        repository.join(object.path()).metadata().is_ok_and(|metadata| metadata.len() == *bytes)
+    };
+    match objects.iter().find(|object| !is_there(object)) {
+        None => Ok(()),
+        Some((object, _)) => Err(RepositoryError::Surprise(format!("{object} was stored and is gone"))),
+    }
+}
+
 fn options(job: &Job) -> Options {
     let tags = vec![snapshots::run_tag(&job.run_uid), snapshots::service_tag(&job.service)];
     Options { tags, ..Options::new(Who::this_process()) }
@@ -191,13 +229,16 @@ fn options(job: &Job) -> Options {
 
 fn source(job: &Job, stream: Option<OwnedFd>, ended_well: Arc<AtomicBool>) -> Result<Source<'static>, RepositoryError> {
     match (&job.input, stream) {
-        (Input::Files { paths, exclude, one_file_system, live }, _) => Ok(Source::Files(Files {
-            paths: paths.clone(),
-            exclude: exclude.clone(),
-            one_file_system: *one_file_system,
-            skip_caches: false,
-            live: *live,
-        })),
+        (Input::Files { paths, exclude, one_file_system, live }, _) => {
+            check_paths(paths, exclude, *one_file_system)?;
+            Ok(Source::Files(Files {
+                paths: paths.clone(),
+                exclude: exclude.clone(),
+                one_file_system: *one_file_system,
+                skip_caches: false,
+                live: *live,
+            }))
+        }
         (Input::Stream { file_name }, Some(stream)) => Ok(Source::Stream {
             name: file_name.clone(),
             bytes: Box::new(File::from(stream)),
@@ -207,6 +248,25 @@ fn source(job: &Job, stream: Option<OwnedFd>, ended_well: Arc<AtomicBool>) -> Re
             }),
         }),
         (Input::Stream { .. }, None) => Err(RepositoryError::Surprise("the stream has no descriptor".to_owned())),
+    }
+}
+
+/// Refuses what would be left out in silence although somebody named it.
+fn check_paths(paths: &[PathBuf], exclude: &[String], one_file_system: bool) -> Result<(), RepositoryError> {
+    let patterns = Patterns::new(exclude);
+    if let Some(path) = paths.iter().find(|path| path.ancestors().any(|above| patterns.leave_out(above))) {
+        let reason = format!("the path {} of the source is left out by `exclude`", path.display());
+        return Err(RepositoryError::Surprise(reason));
+    }
+    let above = |path: &PathBuf| paths.iter().find(|other| *other != path && path.starts_with(other));
+    let nested = paths.iter().find_map(|path| Some((path, above(path)?))).filter(|_| one_file_system);
+    match nested {
+        None => Ok(()),
+        Some((path, above)) => Err(RepositoryError::Surprise(format!(
+            "{} lies below {}, which with `one_file_system` may not lead there: make it a service of its own",
+            path.display(),
+            above.display()
+        ))),
     }
 }
 
@@ -221,27 +281,32 @@ fn progress(counters: &Counters) -> Progress {
 
 /// Writes a snapshot's tree below `target`; every byte is checked against its name before it is written.
 pub(super) async fn restore(location: &Location, id: &str, target: &Path) -> Result<Vec<String>, RepositoryError> {
+    outlive_unlock();
     let (place, id, target, give_up) = (Place::of(location), id.to_owned(), target.to_owned(), give_up(location));
     on_a_thread(move || {
         let archive = place.open()?;
-        let _lock = locked(&archive, give_up)?;
+        let _lock = locked_to_read(&archive, give_up)?;
         let listed = snapshots::get(&archive, &parsed(&id)?)?;
         let index = archive.load_index()?;
         let (options, counters) = (restore::Options::default(), restore::Counters::default());
         let reader = Reader::new(&archive, &index);
         let restored =
             restore::restore(&reader, listed.snapshot.tree, &target, &options, &counters, &AtomicBool::default())?;
-        Ok(restored.warnings.first)
+        let restore::Notes { count, mut first } = restored.warnings;
+        let more = count.saturating_sub(first.len() as u64);
+        first.extend((more > 0).then(|| format!("and {more} more like these")));
+        Ok(first)
     })
     .await
 }
 
 /// Looks whether the snapshot is there, and reads every byte of the repository back.
 pub(super) async fn verify(location: &Location, id: &str) -> Result<(), RepositoryError> {
+    outlive_unlock();
     let (place, id, give_up) = (Place::of(location), id.to_owned(), give_up(location));
     on_a_thread(move || {
         let archive = place.open()?;
-        let _lock = locked(&archive, give_up)?;
+        let _lock = locked_to_read(&archive, give_up)?;
         snapshots::get(&archive, &parsed(&id)?)?;
         let threads = std::thread::available_parallelism().map_or(2, usize::from);
         let verified =

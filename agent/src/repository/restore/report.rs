@@ -8,7 +8,6 @@ use rustix::io::Errno;
 
 use super::{Blobs, Counters};
 use crate::repository::open::ArchiveError;
-use crate::storage::StorageError;
 
 /// How many notes are kept as text.
 const NOTES_KEPT: usize = 50;
@@ -88,12 +87,9 @@ impl Trouble {
         }
     }
 
-    /// A blob could not be had: an object that is missing or damaged concerns whoever needs it.
+    /// A blob could not be had: an object that is missing, damaged or cannot be read concerns whoever needs it.
     pub(super) fn of_archive(error: ArchiveError) -> Self {
-        match error {
-            ArchiveError::Storage(StorageError::Missing(_)) | ArchiveError::Object { .. } => Self::Entry(chain(&error)),
-            error => Self::Fatal(error.into()),
-        }
+        if error.is_of_one_object() { Self::Entry(chain(&error)) } else { Self::Fatal(error.into()) }
     }
 }
 

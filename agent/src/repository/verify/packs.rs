@@ -13,7 +13,7 @@ use super::structure::digest;
 use super::{Counters, Extent, Packs, VerifyError, go_on};
 use crate::format::pack::{self, LENGTH_BYTES, PackedBlob};
 use crate::format::{FormatError, Id};
-use crate::storage::{Kind, Object, StorageError};
+use crate::storage::{Kind, Object};
 
 /// Bytes of a pack that are held at once, unless one blob alone is longer.
 const READ_BYTES: u64 = 4 * 1024 * 1024;
@@ -56,9 +56,7 @@ pub(super) fn read(
             go_on(cancel)?;
             let reason = match pack_at(archive, packs, id, *bytes) {
                 Ok(()) => None,
-                Err(error @ (ArchiveError::Object { .. } | ArchiveError::Storage(StorageError::Missing(_)))) => {
-                    Some(chain(&error))
-                }
+                Err(error) if error.is_of_one_object() => Some(chain(&error)),
                 Err(error) => return Err(error.into()),
             };
             counters.bytes_done.fetch_add(*bytes, Ordering::Relaxed);

@@ -34,15 +34,22 @@ pub(super) fn check(
     findings: &mut Notes,
     verified: &mut Verified,
 ) -> Result<Structure, VerifyError> {
-    let (index, packs) = indexes(archive, cancel, findings)?;
-    verified.packs = packs.len() as u64;
+    // In this order: whoever writes beside us puts packs before the index files that name them, and those before the
+    // snapshot that needs them.
     let mut roots = Vec::new();
     for (name, _) in archive.storage().list(Kind::Snapshot).map_err(ArchiveError::from)? {
         let id = name.parse::<Id>().map_err(ArchiveError::from)?;
-        if let Some(listed) = finding(snapshots::get(archive, &id), findings)? {
+        let read = snapshots::get(archive, &id);
+        // Somebody has forgotten it meanwhile.
+        if matches!(read, Err(ArchiveError::Storage(StorageError::Missing(_)))) {
+            continue;
+        }
+        if let Some(listed) = finding(read, findings)? {
             roots.push((id, listed.snapshot.tree));
         }
     }
+    let (index, packs) = indexes(archive, cancel, findings)?;
+    verified.packs = packs.len() as u64;
     verified.snapshots = roots.len() as u64;
     let mut walk = Walk { archive, index: &index, counters, cancel, seen: HashSet::new(), quiet: false };
     walk.all(&roots, &mut |note| findings.add(note), &mut |_, _, _| {})?;
@@ -52,6 +59,7 @@ pub(super) fn check(
 
 /// Reads all indexes, and compares what they say with the packs that are there.
 fn indexes(archive: &Archive, cancel: &AtomicBool, findings: &mut Notes) -> Result<(BlobIndex, Packs), VerifyError> {
+    let names = archive.storage().list(Kind::Index).map_err(ArchiveError::from)?;
     let present: HashMap<Id, u64> = archive
         .storage()
         .list(Kind::Pack)
@@ -62,7 +70,7 @@ fn indexes(archive: &Archive, cancel: &AtomicBool, findings: &mut Notes) -> Resu
     let index = BlobIndex::new(present.clone());
     let mut packs = Packs::new();
     let mut wrong = BTreeMap::new();
-    for (name, _) in archive.storage().list(Kind::Index).map_err(ArchiveError::from)? {
+    for (name, _) in names {
         go_on(cancel)?;
         let object = Object::new(Kind::Index, name.as_str());
         let parsed = archive.read_file(Kind::Index, &name).and_then(|bytes| {
@@ -93,7 +101,7 @@ fn indexes(archive: &Archive, cancel: &AtomicBool, findings: &mut Notes) -> Resu
 fn finding<T>(read: Result<T, ArchiveError>, findings: &mut Notes) -> Result<Option<T>, VerifyError> {
     match read {
         Ok(value) => Ok(Some(value)),
-        Err(error @ (ArchiveError::Object { .. } | ArchiveError::Storage(StorageError::Missing(_)))) => {
+        Err(error) if error.is_of_one_object() => {
             findings.add(chain(&error));
             Ok(None)
         }
@@ -199,7 +207,7 @@ impl Walk<'_> {
                 let walked = self.tree(&mut trees, &id, &path, &mut open, on_finding, on_blob);
                 match walked {
                     Ok(()) => {}
-                    Err(error @ (ArchiveError::Object { .. } | ArchiveError::Storage(StorageError::Missing(_)))) => {
+                    Err(error) if error.is_of_one_object() => {
                         if !self.quiet {
                             on_finding(format!("{path}/: tree {id}: {}", chain(&error)));
                         }

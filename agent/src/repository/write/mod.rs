@@ -8,10 +8,10 @@
 //!
 //! All queues are bounded, and whoever finds one full waits (a worker that finds the queue of pieces full does
 //! the piece itself, so that workers never wait for each other). A folder's tree is stored by whoever finishes its
-//! last entry ([`folder`]). Memory: two packs a kind and uploader, some pieces a worker, the index, and the entries
+//! last entry (`folder`). Memory: two packs a kind and uploader, some pieces a worker, the index, and the entries
 //! of the folders that are open; it does not grow with files or bytes.
 //!
-//! The commit gate: the snapshot file is written from a [`Whole`](gate::Whole) and from nothing else, and one is
+//! The commit gate: the snapshot file is written from a `gate::Whole` and from nothing else, and one is
 //! made only when the source ended well without an error, everything was put, and the lock was kept. Whatever else
 //! happens leaves packs, and perhaps index files that name them, which the next run uses.
 

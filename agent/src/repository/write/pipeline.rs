@@ -28,6 +28,9 @@ use super::{Cancel, Counters, Files, Options, Source, parent, stream, walk};
 const NAMES_MAX: usize = super::super::UNREADABLE_NAMES_MAX;
 /// Batches that wait. One holds some names, and keeps its folder open.
 const BATCHES_MAX: usize = 32;
+/// Something else stands where an entry was listed. No call on files gives it: what servers and kernels say for themselves
+/// (ESTALE) is no entry that went away.
+pub(super) const REPLACED: Errno = Errno::CHILD;
 
 /// The store ends: somebody failed or cancelled, and has said so.
 #[derive(Debug)]
@@ -72,11 +75,11 @@ impl Pipeline<'_> {
 
     /// An entry could not be read. What is gone or was replaced counts apart in a tree that lives.
     pub(super) fn entry_failed(&self, path: &std::path::Path, error: Errno) {
-        let gone = matches!(error, Errno::NOENT | Errno::STALE | Errno::NOTDIR | Errno::LOOP);
-        if gone && self.live {
-            self.errors.lock().unwrap_or_else(PoisonError::into_inner).vanished += 1;
-        } else {
-            self.unreadable(path, &error);
+        let gone = matches!(error, Errno::NOENT | REPLACED | Errno::NOTDIR | Errno::LOOP);
+        match error {
+            _ if gone && self.live => self.errors.lock().unwrap_or_else(PoisonError::into_inner).vanished += 1,
+            REPLACED => self.unreadable(path, &"something else took its place"),
+            _ => self.unreadable(path, &error),
         }
     }
 

@@ -14,7 +14,7 @@ use crate::format::{BlobKind, Id};
 
 use super::chunk::{BYTES_LOOK, BYTES_MAX, BYTES_MIN};
 use super::entry::{attributes, attributes_at, file_type, node, open_at, path_of};
-use super::pipeline::{Pipeline, Stop};
+use super::pipeline::{Pipeline, REPLACED, Stop};
 use super::tools::Tools;
 use super::work::{Batch, BigFile, Listed, Piece, Queues};
 
@@ -56,7 +56,7 @@ fn other(pipeline: &Pipeline<'_>, tools: &mut Tools, batch: &Batch, listed: &Lis
             FileType::BlockDevice => NodeKind::BlockDevice { device: stat.st_rdev },
             FileType::CharacterDevice => NodeKind::CharDevice { device: stat.st_rdev },
             FileType::Fifo => NodeKind::Fifo,
-            _ => return Err(Errno::STALE),
+            _ => return Err(REPLACED),
         };
         let attributes = attributes_at(folder, &listed.name).map_err(|error| {
             let is_there = rustix::fs::statat(folder, listed.name.as_slice(), AtFlags::SYMLINK_NOFOLLOW).is_ok();
@@ -85,7 +85,7 @@ fn file(pipeline: &Pipeline<'_>, tools: &mut Tools, queues: &Queues, batch: &Bat
         let stat = rustix::fs::fstat(&file)?;
         match file_type(&stat) {
             FileType::RegularFile => Ok((attributes(file.as_fd())?, file, stat)),
-            _ => Err(Errno::STALE),
+            _ => Err(REPLACED),
         }
     });
     let (attributes, file, stat) = match opened {
@@ -177,6 +177,10 @@ pub(super) trait Bytes {
     }
 }
 
+fn size_of(file: BorrowedFd<'_>) -> io::Result<u64> {
+    Ok(u64::try_from(rustix::fs::fstat(file)?.st_size).unwrap_or(0))
+}
+
 /// A file that may have holes.
 struct Sparse<'f> {
     file: BorrowedFd<'f>,
@@ -196,8 +200,8 @@ impl Bytes for Sparse<'_> {
         let at = rustix::fs::tell(self.file)?;
         let data = match rustix::fs::seek(self.file, SeekFrom::Data(at)) {
             Ok(data) => data,
-            // There is no data any more.
-            Err(Errno::NXIO) => self.size.max(at),
+            // There is no data any more, up to where it ends now: it may have been cut meanwhile.
+            Err(Errno::NXIO) => self.size.min(size_of(self.file)?).max(at),
             Err(error) => return Err(error.into()),
         };
         let zeros = (data - at) / BYTES_MAX as u64 * BYTES_MAX as u64;

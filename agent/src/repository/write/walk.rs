@@ -208,7 +208,13 @@ impl Walk<'_, '_, '_> {
     fn failed(&mut self, listed: &Listed, error: Errno) -> Result<(), Stop> {
         let Some(frame) = self.frames.last() else { return Ok(()) };
         let folder = frame.folder.clone();
-        self.pipeline.entry_failed(&path_of(&folder.path, &listed.name), error);
+        let path = path_of(&folder.path, &listed.name);
+        // Somebody named it: then it is no matter that it lives.
+        if self.targets.contains(&path) {
+            self.pipeline.unreadable(&path, &error);
+        } else {
+            self.pipeline.entry_failed(&path, error);
+        }
         folder.bring(self.pipeline, self.tools, listed.slot, &[])
     }
 
