@@ -188,7 +188,11 @@ impl Lane {
             }
             Fault::KillDaemon => stage.agent.kill9(),
             Fault::KillCgroup | Fault::KillBlockedCgroup => assert!(self.kill_unit(Unit::Run), "no runner's unit"),
-            Fault::KillGuardCgroup => assert!(self.kill_unit(Unit::Guard), "no guard's unit"),
+            Fault::KillGuardCgroup => {
+                let guards = stage.units.as_ref().expect("units").pids(Unit::Guard);
+                assert!(!guards.is_empty(), "{case}: no guard");
+                kill_at_once(&guards);
+            }
             Fault::KillBothCgroups => {
                 let both = [Unit::Guard, Unit::Run].map(|unit| stage.units.as_ref().expect("units").pids(unit));
                 assert!(both.iter().all(|pids| !pids.is_empty()), "{case}: no runner or no guard");
@@ -279,7 +283,7 @@ impl Lane {
         stage.wait_held(Step::PreHook, &uid);
         let write = InFlight::begin(stage.disk.path());
         stage.go_on();
-        let is_freezing = || stage.freezers().into_iter().any(processes::has_blocked_thread);
+        let is_freezing = || stage.freezers().into_iter().any(|pid| processes::system_call(pid) == IOCTL);
         wait_until("FIFREEZE to wait", CLEARED_WITHIN, is_freezing);
         (uid, write)
     }
@@ -327,6 +331,12 @@ impl Lane {
         }
     }
 }
+
+/// Number of ioctl(2), as `/proc/<pid>/syscall` shows it: a freezer makes one call of it, FIFREEZE.
+#[cfg(target_arch = "x86_64")]
+const IOCTL: Option<i64> = Some(16);
+#[cfg(not(target_arch = "x86_64"))]
+const IOCTL: Option<i64> = Some(29);
 
 /// None of them sees another one die: a process that is killed while it thaws a btrfs makes the kernel, since
 /// 6.2, believe that somebody else has written to it, and force it read-only.

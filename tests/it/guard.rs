@@ -682,7 +682,7 @@ fn what_cannot_be_frozen_safely_is_refused_before_the_window() {
     let disk = place.disk("ext4");
     let answer = refused("long", 31, &[disk.path()]);
     assert!(answer.starts_with("error TooLong:") && answer.contains("30 s"), "{answer}");
-    let answer = refused("longer", 3601, &[]);
+    let answer = refused("longer", 7201, &[]);
     assert!(answer.starts_with("error TooLong:"), "{answer}");
     files::set_mode(&place.0, 0o777);
     let answer = refused("open", 1, &[disk.path()]);
