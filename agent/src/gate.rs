@@ -158,7 +158,6 @@ pub fn render_grants(grants: &Grants) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::DestinationKind;
 
     fn policy() -> Policy {
         Policy {
@@ -175,7 +174,7 @@ mod tests {
     }
 
     fn destinations() -> Vec<DestinationSettings> {
-        vec![DestinationSettings { name: "local".into(), kind: DestinationKind::Folder, path: "/srv".into() }]
+        vec![DestinationSettings { name: "local".into(), path: "/srv".into(), ..DestinationSettings::default() }]
     }
 
     #[test]

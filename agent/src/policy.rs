@@ -5,6 +5,7 @@
 //! the gate has compared it with the settings. Policies lie as one file a service in a folder, so that the
 //! runner can read them without the daemon's database. Nothing here decides anything.
 
+mod destination;
 mod point;
 
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use hestner_proto::words::{Consistency, GrantValue, Misfire, Scope, Verb};
 use serde::{Deserialize, Serialize};
 use toml_example::TomlExample;
 
+pub use destination::{DestinationKind, DestinationSettings};
 pub use point::{Hold, PointKind, PointSettings};
 
 use crate::platform::files::{self, FileError};
@@ -126,29 +128,6 @@ pub struct HookSettings {
     #[serde(default = "hook_output_bytes_max")]
     #[toml_example(default = 65536)]
     pub output_bytes_max: usize,
-}
-
-/// Where artifacts are stored. Only the host defines destinations; the centre chooses among the names.
-#[derive(Clone, Debug, Deserialize, TomlExample)]
-#[serde(deny_unknown_fields)]
-pub struct DestinationSettings {
-    /// Name of the destination.
-    #[toml_example(default = "local")]
-    pub name: String,
-    /// `folder`: a folder of this server, such as a mounted backup disk.
-    #[toml_example(default = "folder")]
-    pub kind: DestinationKind,
-    /// The folder.
-    #[toml_example(default = "/srv/hestner")]
-    pub path: PathBuf,
-}
-
-/// The kinds of [`DestinationSettings`].
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "snake_case")]
-pub enum DestinationKind {
-    /// A folder of this server.
-    Folder,
 }
 
 /// What no policy of the centre can go below.

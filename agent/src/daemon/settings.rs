@@ -290,12 +290,7 @@ impl Settings {
         for (i, destination) in self.destinations.iter().enumerate() {
             let name = &destination.name;
             found.extend(check_name(name).err().map(|reason| format!("destination `{name}`: {reason}")));
-            if !destination.path.is_absolute() {
-                found.push(format!(
-                    "destination `{name}`: `path` must be absolute, not `{}`",
-                    destination.path.display()
-                ));
-            }
+            found.extend(destination.mistakes().into_iter().map(|reason| format!("destination `{name}`: {reason}")));
             if self.destinations[..i].iter().any(|other| other.name == *name) {
                 found.push(format!("destination `{name}` is defined twice"));
             }

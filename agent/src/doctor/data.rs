@@ -35,9 +35,15 @@ pub(super) async fn checks(host: &Host) -> Vec<Check> {
     found
 }
 
-fn destination(DestinationSettings { name, path, .. }: &DestinationSettings) -> Check {
-    let shown = path.display();
+fn destination(settings: &DestinationSettings) -> Check {
+    let name = &settings.name;
     let check = |message: String| Check::ok("destination", name, message);
+    let Some(path) = settings.folder() else {
+        let message = format!("it is of the kind `{}`, and runs cannot store there yet", settings.kind.as_str());
+        let class = ErrorClass::SettingsInvalid.as_str();
+        return check(message).but(Level::Problem, class, "name a folder under [[destination]] in agent.toml");
+    };
+    let shown = path.display();
     match path.metadata() {
         Ok(metadata) if metadata.is_dir() => {}
         Ok(_) => {

@@ -31,6 +31,7 @@ pub mod lock;
 mod locks;
 pub mod open;
 mod own;
+pub mod place;
 mod restic;
 pub mod restore;
 pub mod retention;

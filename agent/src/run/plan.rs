@@ -62,7 +62,7 @@ pub struct Host {
 impl Host {
     /// Folders that hold what a run itself writes: state, cache and repositories.
     pub fn own_folders(&self) -> Vec<PathBuf> {
-        let destinations = self.destinations.iter().map(|d| d.path.clone());
+        let destinations = self.destinations.iter().filter_map(|d| Some(d.folder()?.to_owned()));
         destinations.chain([self.state_dir.clone()]).collect()
     }
 
@@ -116,8 +116,8 @@ impl Host {
             // Replaced by an upgrade meanwhile: what runs lies where nobody has a name for it any more.
             Err(_) => own,
         };
-        let own =
-            self.destinations.iter().fold(own, |own, d| own.and(format!("the destination `{}`", d.name), &d.path));
+        let folders = self.destinations.iter().filter_map(|d| Some((&d.name, d.folder()?)));
+        let own = folders.fold(own, |own, (name, folder)| own.and(format!("the destination `{name}`"), folder));
         programs(service, self).into_iter().fold(own, |own, program| own.and("a program of the run", program))
     }
 }
@@ -353,6 +353,13 @@ fn location(host: &Host, settings: &ServiceSettings, policy: Option<&Policy>) ->
     let Some(destination) = host.destinations.iter().find(|d| d.name == *name) else {
         return Err(Failure::new(ErrorClass::UnknownDestination, format!("the host defines no destination `{name}`")));
     };
+    // Until runs write by `storage` themselves: the archiver of today is given a folder.
+    if destination.folder().is_none() {
+        let kind = destination.kind.as_str();
+        let message =
+            format!("the destination `{name}` is of the kind `{kind}`, and runs cannot store there yet; name a folder");
+        return Err(Failure::new(ErrorClass::SettingsInvalid, message));
+    }
     let mode = if policy.is_some_and(|p| !p.encryption_enabled) { Mode::Open } else { Mode::Encrypted };
     Ok(Location::new(destination, mode, host.server_id, &host.state_dir, &host.repository))
 }
