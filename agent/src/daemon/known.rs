@@ -129,12 +129,12 @@ fn repositories(settings: &Settings, server_id: i64) -> Vec<RepositoryStatus> {
     let all = settings.destinations.iter().flat_map(|d| [Mode::Encrypted, Mode::Open].map(|mode| (d, mode)));
     let located =
         all.map(|(d, mode)| (mode, Location::new(d, mode, server_id, &settings.state_dir, &settings.repository)));
-    let existing = located.filter(|(_, location)| location.path().join("config").exists());
+    let existing = located.filter(|(_, location)| location.is_known());
     let status = |(mode, location): (Mode, Location)| RepositoryStatus {
-        path: location.path().display().to_string(),
+        path: location.place(),
         password_file: location.password_file().display().to_string(),
         mode: mode.as_str().to_owned(),
-        destination: location.destination,
+        destination: location.destination.name,
     };
     existing.map(status).collect()
 }

@@ -1,19 +1,24 @@
 //! Whether what is to be stored can be read, and where it goes can be written: services, destinations, restic.
 
 use std::path::Path;
+use std::time::Duration;
 
 use hestner_proto::words::{Consistency, ErrorClass};
 
 use super::{Check, Level};
 use crate::gate;
-use crate::platform::command::{Limits, Program};
+use crate::platform::command::{Limits as CommandLimits, Program};
 use crate::platform::trust;
 use crate::platform::{chain, files};
 use crate::policy::{DestinationSettings, Policies, ServiceSettings};
+use crate::repository::{Location, Mode, Repository};
 use crate::run::messages::Failure;
 use crate::run::plan::{Host, programs};
+use crate::storage::Limits;
 
-/// With less room than this a run cannot even store one of restic's packs (16 MiB at most, by default).
+/// How long a destination behind a network may keep silent, in seconds.
+const REMOTE_SECONDS: u64 = 15;
+/// With less room than this a run cannot even store one pack (16 MiB at most).
 const DESTINATION_FREE_BYTES_MIN: u64 = 16 * 1024 * 1024;
 /// Less room than this at a destination is worth a warning.
 const DESTINATION_FREE_BYTES_WANTED: u64 = 1024 * 1024 * 1024;
@@ -23,7 +28,13 @@ const RESTIC_MIN: (u32, u32) = (0, 14);
 const RESTIC_SECONDS: u64 = 15;
 
 pub(super) async fn checks(host: &Host) -> Vec<Check> {
-    let mut found: Vec<Check> = host.destinations.iter().map(destination).collect();
+    let mut found = Vec::new();
+    for settings in &host.destinations {
+        found.push(match settings.folder() {
+            Some(path) => folder(&settings.name, path),
+            None => remote(settings, host).await,
+        });
+    }
     found.push(restic(&host.repository.restic).await);
     for settings in &host.services {
         // One cause, one finding: a program that is not believed was named already.
@@ -35,14 +46,25 @@ pub(super) async fn checks(host: &Host) -> Vec<Check> {
     found
 }
 
-fn destination(settings: &DestinationSettings) -> Check {
-    let name = &settings.name;
+/// Asks a destination behind a network whether this server's repository is there.
+async fn remote(settings: &DestinationSettings, host: &Host) -> Check {
+    let mut location = Location::new(settings, Mode::Encrypted, host.server_id, &host.state_dir, &host.repository);
+    location.limits = Limits { tries_max: 1, stall_max: Duration::from_secs(REMOTE_SECONDS), ..location.limits };
+    let place = location.place();
+    let check = |message: String| Check::ok("destination", &settings.name, message);
+    match Repository::at(location).exists().await {
+        Ok(true) => check(format!("{place} answers, and holds this server's repository")),
+        Ok(false) => check(format!("{place} answers, and holds no repository of this server yet")),
+        Err(error) => check(format!("{place}: {}", chain(&error))).but(
+            Level::Problem,
+            error.class().as_str(),
+            "look at its network, its credentials and the server's own log",
+        ),
+    }
+}
+
+fn folder(name: &str, path: &Path) -> Check {
     let check = |message: String| Check::ok("destination", name, message);
-    let Some(path) = settings.folder() else {
-        let message = format!("it is of the kind `{}`, and runs cannot store there yet", settings.kind.as_str());
-        let class = ErrorClass::SettingsInvalid.as_str();
-        return check(message).but(Level::Problem, class, "name a folder under [[destination]] in agent.toml");
-    };
     let shown = path.display();
     match path.metadata() {
         Ok(metadata) if metadata.is_dir() => {}
@@ -79,12 +101,17 @@ fn destination(settings: &DestinationSettings) -> Check {
     }
 }
 
+/// A warning at most: without it everything is stored and restored, and nothing is removed.
 async fn restic(path: &Path) -> Check {
     let shown = path.display().to_string();
-    let next_step = "install restic 0.14 or later, or name it under [repository] in agent.toml";
+    let next_step = "install restic 0.14 or later, or name it under [repository] in agent.toml: without it the data \
+                     of removed artifacts stays where it is";
     let failed =
-        |message: String| Check::ok("restic", &shown, message).but(Level::Problem, "restic_unusable", next_step);
-    let output = match Program::new(path).arg("version").run(b"", Limits::seconds(RESTIC_SECONDS)).await {
+        |message: String| Check::ok("restic", &shown, message).but(Level::Warning, "restic_unusable", next_step);
+    if let Err(error) = trust::check(path) {
+        return failed(chain(&error));
+    }
+    let output = match Program::new(path).arg("version").run(b"", CommandLimits::seconds(RESTIC_SECONDS)).await {
         Ok(output) if output.status.success() => output,
         Ok(output) => return failed(format!("`restic version` ended with {}: {}", output.status, output.complaint())),
         Err(error) => return failed(chain(&error)),

@@ -3,11 +3,11 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use toml_example::TomlExample;
 
 /// Where artifacts are stored. Only the host defines destinations; the centre chooses among the names.
-#[derive(Clone, Debug, Default, Deserialize, TomlExample)]
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize, TomlExample)]
 #[serde(deny_unknown_fields)]
 pub struct DestinationSettings {
     /// Name of the destination.
@@ -17,6 +17,11 @@ pub struct DestinationSettings {
     /// another server.
     #[toml_example(default = "folder")]
     pub kind: DestinationKind,
+    /// The host may put, get and list there, and delete only below `locks/`: retention removes nothing from this host,
+    /// and `hestner-agent prune` does it elsewhere, with credentials that this host never holds.
+    #[serde(default)]
+    #[toml_example(default = false)]
+    pub put_only: bool,
     /// For `folder` and `sftp`: the folder.
     #[serde(default)]
     #[toml_example(default = "/srv/hestner")]
@@ -69,7 +74,7 @@ pub struct DestinationSettings {
 }
 
 /// The kinds of [`DestinationSettings`].
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DestinationKind {
     /// A folder of this server.

@@ -9,6 +9,7 @@ use super::restore::RestoreError;
 use super::verify::VerifyError;
 use crate::platform::command::CommandError;
 use crate::platform::files::FileError;
+use crate::platform::trust::Distrust;
 use crate::storage::StorageError;
 
 /// Entries of a source that the archiver stumbled over.
@@ -30,29 +31,19 @@ pub enum RepositoryError {
     NoFolder(PathBuf),
     /// A repository that was there before is not.
     #[error("the repository {0} was there before and is not now; is its disk mounted?")]
-    Gone(PathBuf),
+    Gone(String),
     /// A repository is there, but the file with its password is not.
     #[error("there is a repository but no password file {0}")]
     NoPassword(PathBuf),
     /// The password does not open the repository.
     #[error("the password in {0} does not open the repository")]
     WrongKey(PathBuf),
-    /// The destination has no room.
-    #[error("the destination {0} has no room left")]
-    Full(PathBuf),
     /// Somebody else holds the repository.
     #[error("the repository is locked by somebody else: {0}")]
     Locked(String),
     /// Entries could not be read; nothing was kept.
     #[error("{} could not be read: {}", entries(.0.unreadable), .0.names.join(", "))]
     Unreadable(EntryErrors),
-    /// Nothing partial may be kept, and it could not be removed yet.
-    #[error("entries could not be read, and the partial snapshot could not be removed yet")]
-    RemovalOwed {
-        /// Why not.
-        #[source]
-        source: Box<RepositoryError>,
-    },
     /// restic failed in a way that has no name here.
     #[error("restic could not {operation}: {complaint}")]
     Failed {
@@ -72,13 +63,7 @@ pub enum RepositoryError {
     /// The caller cancelled it.
     #[error("it was cancelled")]
     Cancelled,
-    /// An object does not read back as it was written.
-    #[error("the object {path} does not read back as it was written")]
-    Differs {
-        /// The object.
-        path: PathBuf,
-    },
-    /// Our own archive engine failed.
+    /// The archive engine failed.
     #[error(transparent)]
     Archive(ArchiveError),
     /// A restore did not end well.
@@ -96,6 +81,9 @@ pub enum RepositoryError {
     /// A program could not be run.
     #[error(transparent)]
     Command(#[from] CommandError),
+    /// A program is not believed.
+    #[error(transparent)]
+    Distrust(#[from] Distrust),
     /// A file could not be read or written.
     #[error(transparent)]
     File(#[from] FileError),
@@ -154,24 +142,27 @@ impl RepositoryError {
         }
     }
 
+    /// Whether there is no repository where one was looked for.
+    pub(super) fn is_no_repository(&self) -> bool {
+        matches!(self, Self::Archive(ArchiveError::None(_) | ArchiveError::Storage(StorageError::NoRoot(_))))
+    }
+
     /// The stable class.
     pub fn class(&self) -> ErrorClass {
         match self {
             Self::NoFolder(_) | Self::Gone(_) | Self::Locked(_) | Self::RecoveryKey(_) => {
                 ErrorClass::RepositoryUnavailable
             }
+            Self::Distrust(_) => ErrorClass::UnsafePermissions,
             Self::NoPassword(_) | Self::WrongKey(_) => ErrorClass::RepositoryWrongKey,
-            Self::Full(_) => ErrorClass::DestinationFull,
             Self::File(error) if error.is_full() => ErrorClass::DestinationFull,
             Self::OwnFile(error) if error.is_full() => ErrorClass::StateFull,
             Self::OwnFile(_) => ErrorClass::StateUnusable,
-            Self::Unreadable(_) | Self::RemovalOwed { .. } => ErrorClass::SourceUnreadable,
+            Self::Unreadable(_) => ErrorClass::SourceUnreadable,
             Self::Killed { .. } => ErrorClass::ArchiverKilled,
             Self::Cancelled => ErrorClass::Cancelled,
             Self::Archive(error) => archive_class(error),
-            Self::Differs { .. } | Self::Damaged(_) | Self::Restore(RestoreError::Incomplete { .. }) => {
-                ErrorClass::VerifyFailed
-            }
+            Self::Damaged(_) | Self::Restore(RestoreError::Incomplete { .. }) => ErrorClass::VerifyFailed,
             Self::Restore(_) => ErrorClass::ArchiverFailed,
             Self::File(_) => ErrorClass::RepositoryUnavailable,
             Self::Failed { .. } | Self::Surprise(_) | Self::Command(_) => ErrorClass::ArchiverFailed,

@@ -9,14 +9,14 @@ use std::path::Path;
 
 use hestner_proto::sha256_hex;
 
+use super::open::ArchiveError;
 use super::{Mode, RepositoryError};
-use crate::escrow::{EscrowedKey, RepositoryKey};
+use crate::escrow::EscrowedKey;
 use crate::platform::files;
+use crate::storage::{Kind, Object, Storage, StorageError};
 
 /// Bytes of randomness in a password; it is written as hex.
 const PASSWORD_RANDOM_BYTES: usize = 32;
-/// Name of the wrapped key in the repository's folder.
-const WRAPPED_FILE: &str = "hestner-key.age";
 const KEY_BYTES_MAX: u64 = 16 * 1024;
 
 /// Makes the password, unless an earlier try already did.
@@ -51,14 +51,16 @@ pub(super) fn escrow(password_file: &Path, mode: Mode, recipient: &str) -> Resul
     }
 }
 
-/// Lays the wrapped key into the repository's folder, in place of whatever else lies there.
-pub(super) fn lay_beside(repository: &Path, key: &RepositoryKey) -> Result<(), RepositoryError> {
-    let EscrowedKey::Wrapped(bytes) = &key.key else { return Ok(()) };
-    let path = repository.join(WRAPPED_FILE);
-    if files::read(&path, KEY_BYTES_MAX).is_ok_and(|there| there == *bytes) {
-        return Ok(());
+/// Lays the wrapped key beside the repository, in place of whatever else lies there.
+pub(super) fn lay_beside(storage: &dyn Storage, wrapped: &[u8]) -> Result<(), ArchiveError> {
+    let Some(object) = Object::only(Kind::WrappedKey) else { return Ok(()) };
+    match storage.get(&object, KEY_BYTES_MAX) {
+        Ok(there) if there == wrapped => return Ok(()),
+        Err(StorageError::Missing(_)) => {}
+        Ok(_) | Err(StorageError::TooBig { .. }) => storage.remove(&object)?,
+        Err(error) => return Err(error.into()),
     }
-    Ok(files::write(&path, bytes, 0o600)?)
+    Ok(storage.put(&object, wrapped)?)
 }
 
 fn wrap(password: &[u8], recipient: &str) -> Result<Vec<u8>, RepositoryError> {
@@ -73,6 +75,7 @@ fn wrap(password: &[u8], recipient: &str) -> Result<Vec<u8>, RepositoryError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::Folder;
 
     #[test]
     fn recovery_key_opens_what_was_wrapped_and_no_other_key_does() {
@@ -90,11 +93,12 @@ mod tests {
     #[test]
     fn key_that_somebody_else_laid_beside_is_replaced() {
         let folder = tempfile::tempdir().unwrap();
-        let ours = EscrowedKey::Wrapped(b"ours".to_vec());
-        let key = RepositoryKey { repository_id: "r".into(), destination: "d".into(), key: ours };
-        files::write(&folder.path().join(WRAPPED_FILE), b"theirs", 0o600).unwrap();
-        lay_beside(folder.path(), &key).unwrap();
-        assert_eq!(files::read(&folder.path().join(WRAPPED_FILE), 100).unwrap(), b"ours");
+        files::write(&folder.path().join("hestner-key.age"), b"theirs", 0o600).unwrap();
+        let storage = Folder::open(folder.path()).unwrap();
+        for _ in 0..2 {
+            lay_beside(&storage, b"ours").unwrap();
+            assert_eq!(files::read(&folder.path().join("hestner-key.age"), 100).unwrap(), b"ours");
+        }
     }
 
     #[test]

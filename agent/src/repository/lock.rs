@@ -172,12 +172,11 @@ fn is_stale(lock: &Lock, host: &str) -> bool {
 /// Whether the process that made a lock at that time lives. A program of another name may be a restic that somebody has
 /// renamed; it has the number from somebody else only if it began after the lock.
 fn is_held_by(pid: i32, made_at: i64) -> bool {
-    let is_known = || is_archiver(pid, "restic");
-    is_known() || process::began_at(pid).is_some_and(|began| began <= made_at + CLOCK_SECONDS)
+    is_archiver(pid) || process::began_at(pid).is_some_and(|began| began <= made_at + CLOCK_SECONDS)
 }
 
-/// Whether a process lives and is an archiver: ours, or a restic, also one of that name.
-pub(super) fn is_archiver(pid: i32, restic: &str) -> bool {
+/// Whether a process lives and is an archiver: ours, or a restic.
+fn is_archiver(pid: i32) -> bool {
     let own = std::fs::read_to_string("/proc/self/comm").unwrap_or_default();
-    ["restic", restic, own.trim_end()].iter().any(|name| process::is_running_as(pid, name))
+    ["restic", own.trim_end()].iter().any(|name| process::is_running_as(pid, name))
 }

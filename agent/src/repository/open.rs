@@ -141,10 +141,11 @@ impl fmt::Debug for Archive {
 }
 
 impl Archive {
-    /// Makes a repository where there is none: a key file behind the password, then the config.
+    /// Makes a repository where there is none: a key file behind the password, then the config. A making that was
+    /// broken off is gone on with: a second key file beside the first would open nothing, and restic would try it.
     ///
     /// # Errors
-    /// [`ArchiveError::Exists`]; otherwise when the place fails.
+    /// [`ArchiveError::Exists`], also when there is data without a config; otherwise when the place fails.
     pub fn make(
         storage: Arc<dyn Storage>,
         password: &[u8],
@@ -152,19 +153,15 @@ impl Archive {
         who: &Who,
         clock: &dyn Clock,
     ) -> Result<Self, ArchiveError> {
-        if !storage.list(Kind::Config)?.is_empty() {
-            return Err(ArchiveError::Exists(storage.place()));
+        for kind in [Kind::Config, Kind::Pack, Kind::Index, Kind::Snapshot] {
+            if !storage.list(kind)?.is_empty() {
+                return Err(ArchiveError::Exists(storage.place()));
+            }
         }
-        let master = MasterKey::new(random()?);
-        let maker = Maker {
-            created: timestamp(clock).to_string(),
-            username: who.username.clone(),
-            hostname: who.hostname.clone(),
-            salt: random()?,
-            nonce: random()?,
+        let master = match begun_key(storage.as_ref(), password)? {
+            Some(master) => master,
+            None => new_key(storage.as_ref(), password, cost, who, clock)?,
         };
-        let key = KeyFile::make(&master, password, cost, maker)?.to_bytes()?;
-        storage.put(&Object::new(Kind::Key, Id::of(&key).to_hex()), &key)?;
         let config = Config::make(random()?, || random().map(u64::from_le_bytes))?;
         let cipher = Arc::new(master.cipher());
         let sealed = cipher.seal(&random()?, &config.to_bytes()?);
@@ -267,6 +264,40 @@ impl Archive {
 
 fn unusable(object: &Object) -> impl Fn(FormatError) -> ArchiveError + '_ {
     |source| ArchiveError::Object { object: object.to_string(), source }
+}
+
+/// The key of a making that was broken off before the config. Key files that the password does not open are removed:
+/// without a config they open nothing.
+fn begun_key(storage: &dyn Storage, password: &[u8]) -> Result<Option<MasterKey>, ArchiveError> {
+    for (name, _) in storage.list(Kind::Key)? {
+        let object = Object::new(Kind::Key, name);
+        let bytes = storage.get(&object, SMALL_BYTES_MAX)?;
+        match KeyFile::parse(&bytes).and_then(|key| key.open(password)) {
+            Ok(key) => return Ok(Some(key)),
+            Err(_) => storage.remove(&object)?,
+        }
+    }
+    Ok(None)
+}
+
+fn new_key(
+    storage: &dyn Storage,
+    password: &[u8],
+    cost: Cost,
+    who: &Who,
+    clock: &dyn Clock,
+) -> Result<MasterKey, ArchiveError> {
+    let master = MasterKey::new(random()?);
+    let maker = Maker {
+        created: timestamp(clock).to_string(),
+        username: who.username.clone(),
+        hostname: who.hostname.clone(),
+        salt: random()?,
+        nonce: random()?,
+    };
+    let key = KeyFile::make(&master, password, cost, maker)?.to_bytes()?;
+    storage.put(&Object::new(Kind::Key, Id::of(&key).to_hex()), &key)?;
+    Ok(master)
 }
 
 /// Tries the password on key file after key file. One that is damaged does not hide another.

@@ -1,16 +1,17 @@
-//! The face's way to our own archive engine ([`super::write`], [`super::restore`], [`super::verify`]).
+//! The face's way to the archive engine ([`super::write`], [`super::restore`], [`super::verify`]).
 //!
-//! In: a [`Location`] and what to do. Out: the same words that the other archiver gives. The engine blocks and uses
-//! threads of its own; each call here runs on a thread that is started for it. It must be a new one: threads see the
+//! In: a [`Location`] and what to do. Out: the face's words. The engine blocks and uses threads of its own; each call
+//! here runs on a thread that is started for it. It must be a new one: threads see the
 //! mounts that their starter saw, and a worker changes what it sees before it stores.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use hestner_proto::words::Phase;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -19,15 +20,15 @@ use zeroize::Zeroizing;
 use super::lock::{HeldLock, Sharing};
 use super::open::{Archive, ArchiveError, Who};
 use super::restore::{self, Reader};
-use super::snapshots;
 use super::verify::{self, Extent, VerifyError};
 use super::write::{Cancel, Counters, Files, Options, Patterns, Source};
-use super::{Input, Job, Location, Progress, RepositoryError, Snapshot, Stored};
+use super::{Input, Job, Location, Progress, RepositoryError, Snapshot, Stored, keys, place, snapshots};
+use crate::escrow::EscrowedKey;
 use crate::format::Id;
 use crate::format::key::Cost;
 use crate::platform::clock::{SharedClock, SystemClock};
 use crate::platform::files;
-use crate::storage::{Folder, Object};
+use crate::storage::{Kind, Storage, StorageError};
 
 /// Pause between two tries to get the lock.
 const LOCK_PAUSE: Duration = Duration::from_millis(500);
@@ -40,32 +41,34 @@ const PASSWORD_BYTES_MAX: u64 = 16 * 1024;
 
 /// What is needed to open the repository.
 #[derive(Clone, Debug)]
-struct Place {
-    path: PathBuf,
-    password_file: PathBuf,
-}
+struct Place(Location);
 
 impl Place {
     fn of(location: &Location) -> Self {
-        Self { path: location.path(), password_file: location.password_file() }
+        Self(location.clone())
     }
 
     /// Without the white space around it, as restic reads such a file.
     fn password(&self) -> Result<Zeroizing<Vec<u8>>, RepositoryError> {
-        let read = files::read(&self.password_file, PASSWORD_BYTES_MAX).map_err(RepositoryError::OwnFile)?;
+        let read = files::read(&self.0.password_file(), PASSWORD_BYTES_MAX).map_err(RepositoryError::OwnFile)?;
         let read = Zeroizing::new(read);
         Ok(Zeroizing::new(read.trim_ascii().to_vec()))
     }
 
+    fn storage(&self) -> Result<Arc<dyn Storage>, RepositoryError> {
+        let Location { destination, limits, .. } = &self.0;
+        let storage = place::open(destination, &self.0.name(), limits).map_err(ArchiveError::from)?;
+        Ok(storage.into())
+    }
+
     fn open(&self) -> Result<Archive, RepositoryError> {
-        let folder = Folder::open(&self.path).map_err(ArchiveError::from)?;
-        Archive::open(Arc::new(folder), &self.password()?).map_err(|error| self.named(error))
+        Archive::open(self.storage()?, &self.password()?).map_err(|error| self.named(error))
     }
 
     /// The words of the face for what it has words for.
     fn named(&self, error: ArchiveError) -> RepositoryError {
         match error {
-            ArchiveError::WrongPassword(_) => RepositoryError::WrongKey(self.password_file.clone()),
+            ArchiveError::WrongPassword(_) => RepositoryError::WrongKey(self.0.password_file()),
             other => other.into(),
         }
     }
@@ -75,16 +78,35 @@ fn clock() -> SharedClock {
     Arc::new(SystemClock)
 }
 
+/// Whether there is a repository.
+pub(super) async fn exists(location: &Location) -> Result<bool, RepositoryError> {
+    let place = Place::of(location);
+    on_a_thread(move || match place::open(&place.0.destination, &place.0.name(), &place.0.limits) {
+        Err(StorageError::NoRoot(_)) => Ok(false),
+        Err(error) => Err(ArchiveError::from(error).into()),
+        Ok(storage) => Ok(!storage.list(Kind::Config).map_err(ArchiveError::from)?.is_empty()),
+    })
+    .await
+}
+
 /// Makes the repository, and gives its id.
 pub(super) async fn make(location: &Location) -> Result<String, RepositoryError> {
     let place = Place::of(location);
     on_a_thread(move || {
-        let folder = Folder::create(&place.path).map_err(ArchiveError::from)?;
+        let Location { destination, limits, .. } = &place.0;
+        let storage = place::create(destination, &place.0.name(), limits).map_err(ArchiveError::from)?;
         let (who, password) = (Who::this_process(), place.password()?);
-        let made = Archive::make(Arc::new(folder), &password, Cost::default(), &who, clock().as_ref());
+        let made = Archive::make(storage.into(), &password, Cost::default(), &who, clock().as_ref());
         Ok(made.map_err(|error| place.named(error))?.config().id.clone())
     })
     .await
+}
+
+/// Lays the wrapped key beside the repository.
+pub(super) async fn lay_beside(location: &Location, key: &EscrowedKey) -> Result<(), RepositoryError> {
+    let EscrowedKey::Wrapped(wrapped) = key else { return Ok(()) };
+    let (place, wrapped) = (Place::of(location), wrapped.clone());
+    on_a_thread(move || Ok(keys::lay_beside(place.storage()?.as_ref(), &wrapped)?)).await
 }
 
 /// The repository's id.
@@ -105,6 +127,31 @@ pub(super) async fn snapshots(location: &Location) -> Result<Vec<Snapshot>, Repo
             service: listed.service().to_owned(),
         };
         Ok(listed.into_iter().map(told).collect())
+    })
+    .await
+}
+
+/// Removes snapshots. The data that only they used stays until somebody prunes.
+pub(super) async fn forget(location: &Location, ids: &[String]) -> Result<(), RepositoryError> {
+    let (place, give_up) = (Place::of(location), give_up(location));
+    let ids: Vec<Id> = ids.iter().map(|id| parsed(id)).collect::<Result<_, _>>()?;
+    on_a_thread(move || {
+        let archive = place.open()?;
+        let _lock = locked(&archive, give_up)?;
+        Ok(snapshots::forget(&archive, &ids)?)
+    })
+    .await
+}
+
+/// Bytes that all objects have.
+pub(super) async fn size_bytes(location: &Location) -> Result<u64, RepositoryError> {
+    let place = Place::of(location);
+    on_a_thread(move || {
+        let storage = place.storage()?;
+        let sum = |kind| storage.list(kind).map(|all| all.iter().map(|(_, bytes)| bytes).sum::<u64>());
+        let sums =
+            [Kind::Pack, Kind::Index, Kind::Snapshot, Kind::Key].map(sum).into_iter().collect::<Result<Vec<_>, _>>();
+        Ok(sums.map_err(ArchiveError::from)?.iter().sum())
     })
     .await
 }
@@ -160,10 +207,9 @@ fn give_up(location: &Location) -> Instant {
 pub(super) async fn store(
     location: &Location,
     job: &Job,
-    stream: Option<OwnedFd>,
-    ended_well: Arc<AtomicBool>,
+    (stream, ended_well): (Option<OwnedFd>, Arc<AtomicBool>),
     cancelled: impl Future<Output = ()>,
-    mut on_progress: impl FnMut(Progress),
+    mut on_progress: impl FnMut(Phase, Progress),
 ) -> Result<Stored, RepositoryError> {
     outlive_unlock();
     let (cancel, counters) = (Cancel::default(), Arc::new(Counters::default()));
@@ -198,28 +244,19 @@ pub(super) async fn store(
                 let _ = tokio::time::timeout(grace, storing).await;
                 return Err(RepositoryError::Cancelled);
             }
-            () = tokio::time::sleep(LOOK_PAUSE) => on_progress(progress(&counters)),
+            () = tokio::time::sleep(LOOK_PAUSE) => {
+                let (phase, progress) = progress(&counters);
+                on_progress(phase, progress);
+            }
         }
     };
-    all_there(&location.path(), &stored.objects)?;
     Ok(Stored {
         snapshot_id: stored.snapshot.to_hex(),
         bytes_read: stored.bytes,
-        bytes_stored: 0,
+        bytes_stored: stored.objects.iter().map(|(_, bytes)| bytes).sum(),
         files: stored.files,
         vanished: stored.vanished,
     })
-}
-
-/// What was put must still be there: somebody may have pruned beside us in spite of our lock.
-fn all_there(repository: &Path, objects: &[(Object, u64)]) -> Result<(), RepositoryError> {
-    let is_there = |(object, bytes): &&(Object, u64)| {
-        repository.join(object.path()).metadata().is_ok_and(|metadata| metadata.len() == *bytes)
-    };
-    match objects.iter().find(|object| !is_there(object)) {
-        None => Ok(()),
-        Some((object, _)) => Err(RepositoryError::Surprise(format!("{object} was stored and is gone"))),
-    }
 }
 
 fn options(job: &Job) -> Options {
@@ -270,12 +307,18 @@ fn check_paths(paths: &[PathBuf], exclude: &[String], one_file_system: bool) -> 
     }
 }
 
-/// Nobody counts the source beforehand, so that nothing is known of the whole.
-fn progress(counters: &Counters) -> Progress {
-    Progress {
-        bytes_done: counters.bytes_done.load(Ordering::Relaxed),
-        files_done: counters.files_done.load(Ordering::Relaxed),
-        ..Progress::default()
+/// Nobody counts the source beforehand, so that nothing is known of the whole before it is read back.
+fn progress(counters: &Counters) -> (Phase, Progress) {
+    let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    match count(&counters.bytes_to_read_back) {
+        0 => {
+            let (bytes_done, files_done) = (count(&counters.bytes_done), count(&counters.files_done));
+            (Phase::Archive, Progress { bytes_done, files_done, ..Progress::default() })
+        }
+        bytes_total => {
+            let bytes_done = count(&counters.bytes_read_back);
+            (Phase::Verify, Progress { bytes_done, bytes_total, ..Progress::default() })
+        }
     }
 }
 

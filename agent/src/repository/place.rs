@@ -3,16 +3,39 @@
 use crate::policy::{DestinationKind, DestinationSettings};
 use crate::storage::{Folder, Limits, S3Place, SftpPlace, Storage, StorageError, s3, sftp};
 
-/// Opens the place of the repository `name` at a destination; a folder is made if need be. Remote ones are not
-/// spoken to yet.
+/// Opens the place of the repository `name` at a destination. Remote ones are not spoken to yet.
 ///
 /// # Errors
-/// When the folder cannot be made, or credentials are not believed.
+/// [`StorageError::NoRoot`] when its folder is not there; when credentials are not believed.
 pub fn open(destination: &DestinationSettings, name: &str, limits: &Limits) -> Result<Box<dyn Storage>, StorageError> {
     match destination.kind {
-        DestinationKind::Folder => Ok(Box::new(Folder::create(&destination.path.join(name))?)),
+        DestinationKind::Folder => Ok(Box::new(Folder::open(&destination.path.join(name))?)),
         DestinationKind::S3 => s3(&bucket(destination, name), limits),
         DestinationKind::Sftp => sftp(&server(destination, name), limits),
+    }
+}
+
+/// The same, for a repository that is to be made: a folder of this server is made first.
+///
+/// # Errors
+/// As [`open`]; when the folder cannot be made.
+pub fn create(
+    destination: &DestinationSettings,
+    name: &str,
+    limits: &Limits,
+) -> Result<Box<dyn Storage>, StorageError> {
+    if let Some(folder) = destination.folder() {
+        Folder::create(&folder.join(name))?;
+    }
+    open(destination, name, limits)
+}
+
+/// Where it is, for people; without secrets.
+pub fn shown(destination: &DestinationSettings, name: &str) -> String {
+    match destination.kind {
+        DestinationKind::Folder => destination.path.join(name).display().to_string(),
+        DestinationKind::S3 => bucket(destination, name).to_string(),
+        DestinationKind::Sftp => server(destination, name).to_string(),
     }
 }
 
@@ -51,7 +74,7 @@ mod tests {
     fn repositories_of_one_destination_lie_beside_each_other() {
         let temp = tempfile::tempdir().unwrap();
         let folder = DestinationSettings { path: temp.path().to_owned(), ..DestinationSettings::default() };
-        let place = |d: &DestinationSettings| open(d, "server-1", &Limits::default()).unwrap().place();
+        let place = |d: &DestinationSettings| create(d, "server-1", &Limits::default()).unwrap().place();
         assert_eq!(place(&folder), temp.path().join("server-1").display().to_string());
         let sftp = DestinationSettings {
             kind: DestinationKind::Sftp,
@@ -62,6 +85,9 @@ mod tests {
             ..DestinationSettings::default()
         };
         assert_eq!(place(&sftp), "sftp://u@h:22/backups/server-1");
+        for destination in [&folder, &sftp] {
+            assert_eq!(place(destination), shown(destination, "server-1"));
+        }
         let s3 = DestinationSettings { prefix: "a/b".into(), ..DestinationSettings::default() };
         assert_eq!(bucket(&s3, "server-1").prefix, "a/b/server-1");
         assert_eq!(bucket(&DestinationSettings::default(), "server-1").prefix, "server-1");

@@ -152,6 +152,8 @@ pub enum WorkerEvent {
     Removed {
         /// Size of the repository now.
         repository_bytes: u64,
+        /// Why the data is still there that only they used, if it is.
+        warning: Option<String>,
     },
     /// It failed.
     Failed(Failure),

@@ -55,7 +55,7 @@ mod tests {
         ("begun-N", include_str!("ledger.rs"), "try_lock(&self.0.join(format!(\"begun-{hook}\"))"),
         ("freeze_busy", include_str!("../freeze/error.rs"), "Busy { .. } => ErrorClass::FreezeBusy"),
         ("busy", include_str!("runner.rs"), "ErrorClass::Busy"),
-        ("lock_wait", include_str!("../repository/restic.rs"), "self.lock_wait"),
+        ("lock_wait", include_str!("../repository/own.rs"), "location.lock_wait_seconds"),
         (".confirmed/<run>", include_str!("confirmation.rs"), "runs.join(\".confirmed\")"),
         ("daemon/lock", include_str!("../daemon/mod.rs"), "try_lock(&own.join(\"lock\"))"),
         ("daemon/identity", include_str!("../identity.rs"), "\"identity\""),

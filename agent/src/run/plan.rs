@@ -315,11 +315,15 @@ impl Plan {
                 lines.push(format!("archive the output of {} as {file_name}", shown(&self.service.source.argv)))
             }
         }
-        lines.push(format!("into the repository {}, then read back what was stored", self.location.path().display()));
+        lines.push(format!("into the repository {}, then read back what was stored", self.location.place()));
         lines.extend(self.point.lines_after_archive());
         lines.append(&mut releases);
         if let Some(rules) = self.retention() {
-            let verb = if self.may_prune { "remove" } else { "keep, because `prune` is not granted," };
+            let verb = match self.may_prune {
+                _ if self.location.destination.put_only => "leave to `hestner-agent prune` elsewhere",
+                true => "remove",
+                false => "keep, because `prune` is not granted,",
+            };
             lines.push(format!(
                 "{verb} what is neither younger than {} days nor among the newest {}",
                 rules.days, rules.count
@@ -353,13 +357,6 @@ fn location(host: &Host, settings: &ServiceSettings, policy: Option<&Policy>) ->
     let Some(destination) = host.destinations.iter().find(|d| d.name == *name) else {
         return Err(Failure::new(ErrorClass::UnknownDestination, format!("the host defines no destination `{name}`")));
     };
-    // Until runs write by `storage` themselves: the archiver of today is given a folder.
-    if destination.folder().is_none() {
-        let kind = destination.kind.as_str();
-        let message =
-            format!("the destination `{name}` is of the kind `{kind}`, and runs cannot store there yet; name a folder");
-        return Err(Failure::new(ErrorClass::SettingsInvalid, message));
-    }
     let mode = if policy.is_some_and(|p| !p.encryption_enabled) { Mode::Open } else { Mode::Encrypted };
     Ok(Location::new(destination, mode, host.server_id, &host.state_dir, &host.repository))
 }
@@ -370,7 +367,7 @@ pub fn programs(settings: &ServiceSettings, host: &Host) -> Vec<PathBuf> {
     let commands = hooks.chain([&settings.source.argv]).chain(settings.point.commands());
     let named = commands.flat_map(|argv| argv.first().into_iter().chain(script(argv))).map(PathBuf::from);
     let of_the_point = freeze::programs(settings, &host.freeze);
-    named.chain([host.repository.restic.clone()]).chain(of_the_point).collect()
+    named.chain(of_the_point).collect()
 }
 
 /// Each of them must be one that nobody else can change.

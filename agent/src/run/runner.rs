@@ -339,7 +339,7 @@ impl Asked {
         record.scope = plan.service.scope();
         record.job_type = if plan.point.is_live() { "backup" } else { "snapshot" }.to_owned();
         record.consistency_requested = plan.service.consistency;
-        record.destination.clone_from(&plan.location.destination);
+        record.destination.clone_from(&plan.location.destination.name);
         record.policy_id = plan.policy.as_ref().map_or(0, |p| p.policy_id);
         record.warnings.clone_from(&plan.warnings);
         record
@@ -373,6 +373,9 @@ impl Asked {
         if gone.is_empty() {
             return Ok(Expired::default());
         }
+        if plan.location.destination.put_only {
+            return Ok(Expired::default());
+        }
         if !plan.may_prune {
             let warning =
                 format!("{} artifacts are past the policy's retention and stay: `prune` is not granted", gone.len());
@@ -383,7 +386,10 @@ impl Asked {
         let ended = worker.finish(&CancellationToken::new(), None, |_| {}).await;
         let mut expired = Expired::default();
         match ended {
-            Ok(WorkerEvent::Removed { repository_bytes }) => expired.repository_bytes = Some(repository_bytes),
+            Ok(WorkerEvent::Removed { repository_bytes, warning }) => {
+                expired.repository_bytes = Some(repository_bytes);
+                expired.warning = warning.map(|why| format!("retention: {why}"));
+            }
             Ok(_) => expired.warning = Some("retention: the worker ended with another result".to_owned()),
             // Artifacts may be gone although their data could not be removed: look.
             Err(failure) => expired.warning = Some(format!("retention: {}", failure.message)),

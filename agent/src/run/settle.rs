@@ -120,7 +120,7 @@ pub fn interrupted(run_uid: &str, note: Option<&Note>, clock: &dyn Clock) -> Fin
     let service = note.map(|n| n.service.clone()).unwrap_or_default();
     let mut record = RunRecord::queued(run_uid.to_owned(), String::new(), service, RunKind::Manual, started);
     if let Some(note) = note {
-        record.destination.clone_from(&note.location.destination);
+        record.destination.clone_from(&note.location.destination.name);
     }
     record.fail(ErrorClass::Interrupted, "daemon, runner or machine stopped while the run went on", now);
     Finished { record, repository_key: None }

@@ -3,7 +3,7 @@
 //! `hestner-agent worker` reads one [`WorkerTask`] from its standard input, says [`WorkerEvent`]s on its
 //! standard output, and ends. It is short-lived, so that its memory is given back, and it is cancelled by
 //! closing its input. For a stream it holds the write end until the runner says that the producer ended
-//! well: whoever is killed first, the archiver is never shown the end of a stream that was cut off.
+//! well: whoever is killed first, the engine is never shown the end of a stream that was cut off.
 
 use std::fs::File;
 use std::io;
@@ -33,9 +33,9 @@ const EVENTS_WAITING: usize = 64;
 /// The two ends of a stream's pipe, as the runner handed them down.
 #[derive(Debug)]
 pub struct StreamEnds {
-    /// What the archiver reads.
+    /// What is stored.
     pub read: OwnedFd,
-    /// Held so that the archiver sees no end before the producer has ended well.
+    /// Held so that the engine sees no end before the producer has ended well.
     pub write: OwnedFd,
 }
 
@@ -53,15 +53,22 @@ pub async fn run(stream: Option<StreamEnds>) -> io::Result<()> {
             let store = Store { repository, job, binds, keep, recovery_recipient };
             store.run(input, &mut output, stream).await?
         }
-        Work::Forget { run_uid } => removed(&repository, repository.forget_run(&run_uid).await),
-        Work::Expire { snapshot_ids } => removed(&repository, repository.expire(&snapshot_ids).await),
+        Work::Forget { run_uid } => {
+            let forgotten = repository.forget_run(&run_uid).await;
+            removed(&repository, forgotten.map(|()| None)).await
+        }
+        Work::Expire { snapshot_ids } => removed(&repository, repository.expire(&snapshot_ids).await).await,
     };
     send(&mut output, &last).await
 }
 
-fn removed(repository: &Repository, result: Result<(), RepositoryError>) -> WorkerEvent {
-    match result.and_then(|()| repository.size_bytes()) {
-        Ok(repository_bytes) => WorkerEvent::Removed { repository_bytes },
+async fn removed(repository: &Repository, result: Result<Option<String>, RepositoryError>) -> WorkerEvent {
+    let warning = match result {
+        Ok(warning) => warning,
+        Err(error) => return WorkerEvent::Failed(failure(&error)),
+    };
+    match repository.size_bytes().await {
+        Ok(repository_bytes) => WorkerEvent::Removed { repository_bytes, warning },
         Err(error) => WorkerEvent::Failed(failure(&error)),
     }
 }
@@ -149,21 +156,10 @@ impl Store {
         cancelled: impl Future<Output = ()>,
         events: mpsc::Sender<WorkerEvent>,
     ) -> Result<WorkerEvent, RepositoryError> {
-        let before = self.repository.contents()?;
-        let mut say = Throttle { events: events.clone(), next: Instant::now() };
-        let mut stored = self.repository.store(&self.job, stream, cancelled, |progress| say.progress(progress)).await?;
-        let _ = events.send(WorkerEvent::Progress { phase: Phase::Verify, progress: Progress::default() }).await;
-        let repository = self.repository.clone();
-        let reading = tokio::task::spawn_blocking(move || repository.read_back(&before)).await;
-        match reading.unwrap_or_else(|_| Err(RepositoryError::Surprise("reading back broke off".to_owned()))) {
-            // What is on the disk now, and not what the archiver says it added before compression.
-            Ok(bytes) => stored.bytes_stored = bytes,
-            Err(error) => {
-                self.repository.forget_run(&self.job.run_uid).await?;
-                return Err(error);
-            }
-        }
-        Ok(WorkerEvent::Stored { stored, repository_bytes: self.repository.size_bytes()? })
+        let mut say = Throttle { events, next: Instant::now() };
+        let on_progress = |phase, progress| say.progress(phase, progress);
+        let stored = self.repository.store(&self.job, stream, cancelled, on_progress).await?;
+        Ok(WorkerEvent::Stored { stored, repository_bytes: self.repository.size_bytes().await? })
     }
 }
 
@@ -173,11 +169,11 @@ struct Throttle {
 }
 
 impl Throttle {
-    fn progress(&mut self, progress: Progress) {
+    fn progress(&mut self, phase: Phase, progress: Progress) {
         if Instant::now() >= self.next {
             self.next = Instant::now() + PROGRESS_PAUSE;
             // A line of progress that finds no room is no loss; the next one says more.
-            let _ = self.events.try_send(WorkerEvent::Progress { phase: Phase::Archive, progress });
+            let _ = self.events.try_send(WorkerEvent::Progress { phase, progress });
         }
     }
 }

@@ -130,6 +130,10 @@ impl<S: Storage> Storage for Faulty<S> {
         self.call("read", Some(object), || self.inner.get(object, bytes_max))
     }
 
+    fn read_back(&self, object: &Object, bytes_max: u64) -> Result<Vec<u8>, StorageError> {
+        self.call("read back", Some(object), || self.inner.read_back(object, bytes_max))
+    }
+
     fn get_range(&self, object: &Object, offset: u64, length: u64) -> Result<Vec<u8>, StorageError> {
         self.call("read", Some(object), || self.inner.get_range(object, offset, length))
     }

@@ -19,7 +19,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, renameat2};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, PosixFadviseAdvice, RenameFlags, posix_fadvise, renameat2};
 use nix::unistd::linkat;
 
 use super::{Kind, Object, Storage, StorageError, failed, too_short};
@@ -47,8 +47,13 @@ impl Folder {
     /// When it is not: a disk that is not mounted must not be written beside.
     pub fn open(root: &Path) -> Result<Self, StorageError> {
         let folder = Self { root: root.to_owned(), durable: Mutex::default() };
-        folder.check_root().map_err(|e| failed("open", root.display(), e))?;
-        Ok(folder)
+        match folder.check_root() {
+            Ok(()) => Ok(folder),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(StorageError::NoRoot(root.display().to_string()))
+            }
+            Err(error) => Err(failed("open", root.display(), error)),
+        }
     }
 
     /// A folder that is made if need be, with those above it, for its owner only.
@@ -194,6 +199,14 @@ impl Storage for Folder {
         Ok(bytes)
     }
 
+    fn read_back(&self, object: &Object, bytes_max: u64) -> Result<Vec<u8>, StorageError> {
+        object.check_name("read")?;
+        let file = open(&self.path(object)).map_err(|e| missing_or(object, e))?;
+        // What was synced can be dropped from the page cache, so that the disk answers and not our own memory.
+        let _ = posix_fadvise(file.as_fd(), 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+        self.get(object, bytes_max)
+    }
+
     fn get_range(&self, object: &Object, offset: u64, length: u64) -> Result<Vec<u8>, StorageError> {
         object.check_name("read")?;
         let file = open(&self.path(object)).map_err(|e| missing_or(object, e))?;
@@ -209,7 +222,7 @@ impl Storage for Folder {
     }
 
     fn list(&self, kind: Kind) -> Result<Vec<(String, u64)>, StorageError> {
-        let folder = if kind == Kind::Config { self.root.clone() } else { self.root.join(kind.folder()) };
+        let folder = if kind.folder().is_empty() { self.root.clone() } else { self.root.join(kind.folder()) };
         let listed = match kind {
             Kind::Pack => self.list_packs(&folder),
             kind => self.list_folder(kind, &folder),
@@ -322,7 +335,8 @@ fn remove_leftovers(folder: &Path) -> io::Result<()> {
 fn is_leftover(name: &str, metadata: &std::fs::Metadata) -> bool {
     let Some((object, _)) = name.split_once(UNFINISHED) else { return false };
     // Nothing that is not ours or restic's is removed.
-    let is_object = object == "config" || Object::new(Kind::Pack, object).is_well_named();
+    let is_only = [Kind::Config, Kind::WrappedKey].iter().any(|kind| kind.only_name() == Some(object));
+    let is_object = is_only || Object::new(Kind::Pack, object).is_well_named();
     let now = SystemTime::from(SystemClock.now());
     let age = metadata.modified().ok().and_then(|written| now.duration_since(written).ok());
     metadata.is_file() && is_object && age.is_some_and(|age| age > LEFTOVER_AGE)

@@ -7,7 +7,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::StorageError;
@@ -17,7 +17,7 @@ use crate::platform::backoff::{Backoff, random_u64};
 pub(super) const PIECE_BYTES: usize = 64 * 1024;
 
 /// Bounds of what a remote place may cost.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
     /// How often a call is tried in all.

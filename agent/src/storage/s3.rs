@@ -48,6 +48,12 @@ pub struct S3Place {
     pub credentials_file: PathBuf,
 }
 
+impl fmt::Display for S3Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}/{}", self.endpoint.trim_end_matches('/'), self.bucket, self.prefix)
+    }
+}
+
 /// Opens a bucket. Speaks to nobody yet.
 ///
 /// # Errors
@@ -71,7 +77,7 @@ impl fmt::Debug for Bucket {
 
 impl Bucket {
     fn new(place: &S3Place, limits: &Limits) -> Result<Self, StorageError> {
-        let name = format!("{}/{}/{}", place.endpoint.trim_end_matches('/'), place.bucket, place.prefix);
+        let name = place.to_string();
         let credentials = Credentials::read(&place.credentials_file)?;
         let mut builder = Builder::default()
             .endpoint(&place.endpoint)

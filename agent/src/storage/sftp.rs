@@ -57,6 +57,13 @@ pub struct SftpPlace {
     pub known_hosts: PathBuf,
 }
 
+impl fmt::Display for SftpPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { host, port, user, path, .. } = self;
+        write!(f, "sftp://{user}@{host}:{port}/{}", path.trim_start_matches('/'))
+    }
+}
+
 /// Opens a folder of another server. Speaks to nobody yet.
 ///
 /// # Errors
@@ -355,8 +362,7 @@ impl RemoteFolder {
 
 impl Server for RemoteFolder {
     fn place(&self) -> String {
-        let SftpPlace { host, port, user, path, .. } = &self.place;
-        format!("sftp://{user}@{host}:{port}/{}", path.trim_start_matches('/'))
+        self.place.to_string()
     }
 
     fn remark(&self) -> Option<String> {

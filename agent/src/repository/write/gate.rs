@@ -1,6 +1,7 @@
 //! The commit gate: what a snapshot is made of, and the only place that writes one.
 //!
-//! [`Whole`] has no constructor but [`Whole::of`], which takes the proofs by value.
+//! [`Whole`] has no constructor but [`Whole::of`], and [`Proven`] none but [`Whole::read_back`]; each takes its proofs
+//! by value.
 
 use std::collections::HashSet;
 
@@ -11,7 +12,7 @@ use crate::storage::{Kind, Object};
 use super::super::errors::EntryErrors;
 use super::super::lock::HeldLock;
 use super::super::open::{Archive, ArchiveError};
-use super::{Cancel, Stored};
+use super::{Cancel, Counters, Stored, prove};
 
 /// Everything that was put before the snapshot: made by the uploaders once all of them ended well.
 #[derive(Debug)]
@@ -46,6 +47,24 @@ impl Whole {
     }
 }
 
+/// A source that was read as a whole, and stored as a whole, and that its place gives back as it was put.
+#[derive(Debug)]
+pub(super) struct Proven(Whole);
+
+impl Whole {
+    /// Reads everything back that was put.
+    pub(super) fn read_back(
+        self,
+        archive: &Archive,
+        threads: usize,
+        cancel: &Cancel,
+        counters: &Counters,
+    ) -> Result<Proven, ArchiveError> {
+        prove::read_back(archive, &self.objects, threads, cancel, counters)?;
+        Ok(Proven(self))
+    }
+}
+
 /// What the snapshot says beside its tree, and what is told of it.
 #[derive(Debug)]
 pub(super) struct Draft {
@@ -55,10 +74,10 @@ pub(super) struct Draft {
     pub(super) files: u64,
 }
 
-/// Writes the snapshot.
+/// Writes the snapshot, and reads it back as well.
 pub(super) fn commit(
     archive: &Archive,
-    whole: Whole,
+    Proven(whole): Proven,
     draft: Draft,
     lock: &HeldLock,
     cancel: &Cancel,
@@ -80,6 +99,10 @@ pub(super) fn commit(
             return Err(error);
         }
     };
+    if let Err(error) = prove::one(archive, &object, size) {
+        withdrawn(archive, &object);
+        return Err(error);
+    }
     let id = object.name.parse()?;
     let mut objects = whole.objects;
     objects.push((object, size));
@@ -97,8 +120,12 @@ fn withdraw(archive: &Archive, plain: &[u8], before: &HashSet<String>) {
     let Ok(now) = names(archive) else { return };
     for name in now.filter(|name| !before.contains(name)) {
         if archive.read_file(Kind::Snapshot, &name).is_ok_and(|found| found == plain) {
-            let removed = archive.storage().remove(&Object::new(Kind::Snapshot, name.as_str()));
-            tracing::warn!(event = "snapshot_withdrawn", snapshot = %name, removed = removed.is_ok());
+            withdrawn(archive, &Object::new(Kind::Snapshot, name.as_str()));
         }
     }
+}
+
+fn withdrawn(archive: &Archive, snapshot: &Object) {
+    let removed = archive.storage().remove(snapshot);
+    tracing::warn!(event = "snapshot_withdrawn", snapshot = %snapshot.name, removed = removed.is_ok());
 }
