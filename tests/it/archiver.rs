@@ -15,7 +15,7 @@ fn agent(world: &World) -> AgentBuilder {
     // Nothing that stores, lists or restores may need it; only pruning does.
     let broken = FaultyRestic::new(&world.at("bin"));
     broken.on("any", "exit 9");
-    world.agent().restic(&broken).setting("repository", "archiver = \"hestner\"")
+    world.agent().restic(&broken)
 }
 
 #[test]
@@ -54,7 +54,7 @@ fn repository_of_one_archiver_is_gone_on_with_by_the_other() {
     let before = tree::manifest(&source);
     let mut agent = world.agent().allowed(Service::files("docs", [&source])).started();
     let by_restic = agent.snapshot_ok("docs");
-    agent.change(|builder| builder.setting("repository", "archiver = \"hestner\""));
+
     let ours = agent.snapshot_ok("docs");
     assert!(ours.number("bytes_stored") < by_restic.number("bytes_stored"), "{ours:?}");
     let repository = agent.repository("local");

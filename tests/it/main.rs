@@ -12,6 +12,7 @@ mod btrfs;
 mod commit_gate;
 mod confirm;
 mod containers;
+mod destinations;
 mod doctor;
 mod exactly_once;
 mod false_green;

@@ -305,15 +305,22 @@ impl Agent {
     pub fn repository_path(&self, destination: &str) -> PathBuf {
         let found = self.builder.destinations.iter().find(|(name, _)| name == destination);
         let (_, path) = found.unwrap_or_else(|| panic!("no destination {destination}"));
-        path.join(format!("server-{}-encrypted", self.server_id))
+        path.join(self.repository_name())
+    }
+
+    /// Name of the encrypted repository below any destination.
+    pub fn repository_name(&self) -> String {
+        format!("server-{}-encrypted", self.server_id)
+    }
+
+    /// The file with the password of the encrypted repository at a destination.
+    pub fn password_file(&self, destination: &str) -> PathBuf {
+        self.builder.state.join(format!("keys/{destination}-encrypted.password"))
     }
 
     /// The encrypted repository at a destination, for stock restic.
     pub fn repository(&self, destination: &str) -> Repository {
-        Repository {
-            path: self.repository_path(destination),
-            password_file: self.builder.state.join(format!("keys/{destination}-encrypted.password")),
-        }
+        Repository { path: self.repository_path(destination), password_file: self.password_file(destination) }
     }
 
     /// Asserts that the repository holds the snapshots of these runs only, and no lock.

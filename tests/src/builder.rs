@@ -24,6 +24,7 @@ pub struct AgentBuilder {
     restic: PathBuf,
     pub(crate) state: PathBuf,
     pub(crate) destinations: Vec<(String, PathBuf)>,
+    more_destinations: Vec<String>,
     services: Vec<Service>,
     grants: Vec<(String, String, String)>,
     sections: Vec<(String, String)>,
@@ -43,6 +44,7 @@ impl AgentBuilder {
             restic: PathBuf::from(STOCK),
             state: folder.join("state"),
             destinations: vec![("local".to_owned(), folder.join("repository"))],
+            more_destinations: Vec::new(),
             services: Vec::new(),
             grants: Vec::new(),
             sections: Vec::new(),
@@ -89,6 +91,13 @@ impl AgentBuilder {
     pub fn destination(mut self, name: &str, path: &Path) -> Self {
         self.destinations.retain(|(other, _)| other != name);
         self.destinations.push((name.to_owned(), path.to_owned()));
+        self
+    }
+
+    /// Adds a destination of any kind, by its lines but the name.
+    #[must_use]
+    pub fn destination_of(mut self, name: &str, lines: &str) -> Self {
+        self.more_destinations.push(format!("name = {name:?}\n{lines}"));
         self
     }
 
@@ -184,6 +193,9 @@ impl AgentBuilder {
         }
         for (name, path) in &self.destinations {
             let _ = write!(text, "[[destination]]\nname = {name:?}\nkind = \"folder\"\npath = {path:?}\n");
+        }
+        for lines in &self.more_destinations {
+            let _ = write!(text, "[[destination]]\n{lines}\n");
         }
         let destination = &self.destinations[0].0;
         self.services.iter().for_each(|service| text.push_str(&service.toml(destination)));

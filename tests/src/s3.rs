@@ -13,7 +13,7 @@ use crate::{files, ports, processes};
 
 /// The bucket.
 pub const BUCKET: &str = "backups";
-/// Prefix of the repository in it.
+/// Prefix of the repository in it, or of the repositories.
 pub const PREFIX: &str = "host";
 
 const ADMIN: (&str, &str) = ("AKADMIN", "secret-of-admin");
@@ -67,6 +67,11 @@ impl S3Server {
         self.folder.join("admin.toml")
     }
 
+    /// Id and secret of the user who may do all.
+    pub fn keys(&self) -> (&'static str, &'static str) {
+        ADMIN
+    }
+
     /// The file of the user who may put, get and list only.
     pub fn put_only_credentials(&self) -> PathBuf {
         self.folder.join("put-only.toml")
@@ -92,7 +97,9 @@ impl S3Server {
                 "Resource": [format!("arn:aws:s3:::{BUCKET}/{PREFIX}/{below}")],
             })
         };
-        let statements = [statement("s3:PutObject", "*"), statement("s3:DeleteObject", "locks/*")];
+        // The locks of a repository at the prefix, and of repositories below it.
+        let locks = ["locks/*", "*/locks/*"].map(|below| statement("s3:DeleteObject", below));
+        let statements: Vec<_> = [statement("s3:PutObject", "*")].into_iter().chain(locks).collect();
         let policy = serde_json::json!({ "Version": "2012-10-17", "Statement": statements });
         let file = files::write(self.folder.join("policy.json"), policy.to_string());
         self.ask(&format!("PUT /{BUCKET} policy= {}", file.display()));

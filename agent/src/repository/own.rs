@@ -307,19 +307,12 @@ fn check_paths(paths: &[PathBuf], exclude: &[String], one_file_system: bool) -> 
     }
 }
 
-/// Nobody counts the source beforehand, so that nothing is known of the whole before it is read back.
+/// Nobody counts the source beforehand, so that nothing is known of the whole.
 fn progress(counters: &Counters) -> (Phase, Progress) {
     let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-    match count(&counters.bytes_to_read_back) {
-        0 => {
-            let (bytes_done, files_done) = (count(&counters.bytes_done), count(&counters.files_done));
-            (Phase::Archive, Progress { bytes_done, files_done, ..Progress::default() })
-        }
-        bytes_total => {
-            let bytes_done = count(&counters.bytes_read_back);
-            (Phase::Verify, Progress { bytes_done, bytes_total, ..Progress::default() })
-        }
-    }
+    let phase = if counters.is_at_the_gate.load(Ordering::Acquire) { Phase::Verify } else { Phase::Archive };
+    let (bytes_done, files_done) = (count(&counters.bytes_done), count(&counters.files_done));
+    (phase, Progress { bytes_done, files_done, ..Progress::default() })
 }
 
 /// Writes a snapshot's tree below `target`; every byte is checked against its name before it is written.

@@ -1,9 +1,8 @@
 //! The commit gate: what a snapshot is made of, and the only place that writes one.
 //!
-//! [`Whole`] has no constructor but [`Whole::of`], and [`Proven`] none but [`Whole::read_back`]; each takes its proofs
-//! by value.
+//! [`Whole`] has no constructor but [`Whole::of`], which takes the proofs by value.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use crate::format::Id;
 use crate::format::snapshot::Snapshot;
@@ -12,7 +11,7 @@ use crate::storage::{Kind, Object};
 use super::super::errors::EntryErrors;
 use super::super::lock::HeldLock;
 use super::super::open::{Archive, ArchiveError};
-use super::{Cancel, Counters, Stored, prove};
+use super::{Cancel, Stored, prove};
 
 /// Everything that was put before the snapshot: made by the uploaders once all of them ended well.
 #[derive(Debug)]
@@ -47,24 +46,6 @@ impl Whole {
     }
 }
 
-/// A source that was read as a whole, and stored as a whole, and that its place gives back as it was put.
-#[derive(Debug)]
-pub(super) struct Proven(Whole);
-
-impl Whole {
-    /// Reads everything back that was put.
-    pub(super) fn read_back(
-        self,
-        archive: &Archive,
-        threads: usize,
-        cancel: &Cancel,
-        counters: &Counters,
-    ) -> Result<Proven, ArchiveError> {
-        prove::read_back(archive, &self.objects, threads, cancel, counters)?;
-        Ok(Proven(self))
-    }
-}
-
 /// What the snapshot says beside its tree, and what is told of it.
 #[derive(Debug)]
 pub(super) struct Draft {
@@ -77,7 +58,7 @@ pub(super) struct Draft {
 /// Writes the snapshot, and reads it back as well.
 pub(super) fn commit(
     archive: &Archive,
-    Proven(whole): Proven,
+    whole: Whole,
     draft: Draft,
     lock: &HeldLock,
     cancel: &Cancel,
@@ -86,6 +67,7 @@ pub(super) fn commit(
     snapshot.tree = whole.tree;
     let plain = snapshot.to_bytes()?;
     let before: HashSet<String> = names(archive)?.collect();
+    all_there(archive, &whole.objects)?;
     if !lock.is_held() {
         return Err(ArchiveError::LockLost);
     }
@@ -99,15 +81,24 @@ pub(super) fn commit(
             return Err(error);
         }
     };
-    if let Err(error) = prove::one(archive, &object, size) {
-        withdrawn(archive, &object);
-        return Err(error);
-    }
+    prove::read_back(archive, &object, size)?;
     let id = object.name.parse()?;
     let mut objects = whole.objects;
     objects.push((object, size));
     let parent = snapshot.parent;
     Ok(Stored { snapshot: id, tree: whole.tree, parent, bytes, bytes_read, files, vanished: whole.vanished, objects })
+}
+
+/// What was put must still be there: somebody may have pruned beside us in spite of our lock.
+fn all_there(archive: &Archive, objects: &[(Object, u64)]) -> Result<(), ArchiveError> {
+    let mut there = HashMap::new();
+    for kind in [Kind::Pack, Kind::Index] {
+        there.extend(archive.storage().list(kind)?);
+    }
+    match objects.iter().find(|(object, bytes)| there.get(&object.name) != Some(bytes)) {
+        None => Ok(()),
+        Some((object, _)) => Err(ArchiveError::Broken(format!("{object} was stored and is gone"))),
+    }
 }
 
 fn names(archive: &Archive) -> Result<impl Iterator<Item = String>, ArchiveError> {
@@ -120,12 +111,8 @@ fn withdraw(archive: &Archive, plain: &[u8], before: &HashSet<String>) {
     let Ok(now) = names(archive) else { return };
     for name in now.filter(|name| !before.contains(name)) {
         if archive.read_file(Kind::Snapshot, &name).is_ok_and(|found| found == plain) {
-            withdrawn(archive, &Object::new(Kind::Snapshot, name.as_str()));
+            let removed = archive.storage().remove(&Object::new(Kind::Snapshot, name.as_str()));
+            tracing::warn!(event = "snapshot_withdrawn", snapshot = %name, removed = removed.is_ok());
         }
     }
-}
-
-fn withdrawn(archive: &Archive, snapshot: &Object) {
-    let removed = archive.storage().remove(snapshot);
-    tracing::warn!(event = "snapshot_withdrawn", snapshot = %snapshot.name, removed = removed.is_ok());
 }

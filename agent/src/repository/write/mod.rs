@@ -11,9 +11,9 @@
 //! last entry (`folder`). Memory: two packs a kind and uploader, some pieces a worker, the index, and the entries
 //! of the folders that are open; it does not grow with files or bytes.
 //!
-//! The commit gate: the snapshot file is written from a `gate::Proven` and from nothing else, and one is
-//! made only when the source ended well without an error, everything was put and read back (`prove`), and the lock
-//! was kept. Whatever else happens leaves packs, and perhaps index files that name them, which the next run uses.
+//! The commit gate: the snapshot file is written from a `gate::Whole` and from nothing else, and one is
+//! made only when the source ended well without an error and everything was put. Each pack is read back (`prove`)
+//! before an index names it, so that no later run takes a damaged one for stored. Whatever else happens leaves packs, and perhaps index files that name them, which the next run uses.
 
 mod chunk;
 mod entry;
@@ -76,10 +76,8 @@ pub struct Counters {
     pub bytes_read: AtomicU64,
     /// Bytes that were put.
     pub bytes_stored: AtomicU64,
-    /// Bytes that are to be read back before there is a snapshot; 0 until all are put.
-    pub bytes_to_read_back: AtomicU64,
-    /// Bytes that were read back.
-    pub bytes_read_back: AtomicU64,
+    /// Whether all is put, and only the gate is left.
+    pub is_at_the_gate: AtomicBool,
 }
 
 /// Which snapshot unchanged files are recognised from.
@@ -209,7 +207,7 @@ impl Archive {
         let lock = HeldLock::take(self, Sharing::Shared, &options.who, clock)?;
         let started = super::open::timestamp(clock.as_ref());
         let (whole, draft) = pipeline::run(self, source, options, started, cancel, counters)?;
-        let proven = whole.read_back(self, options.uploads.get(), cancel, counters)?;
-        gate::commit(self, proven, draft, &lock, cancel)
+        counters.is_at_the_gate.store(true, Ordering::Release);
+        gate::commit(self, whole, draft, &lock, cancel)
     }
 }

@@ -17,6 +17,7 @@ use crate::storage::{Kind, Object};
 use super::super::open::{ArchiveError, random};
 use super::gate::Put;
 use super::pipeline::{Pipeline, Stop};
+use super::prove;
 
 /// A pack is closed when it is at least so big.
 const PACK_BYTES: usize = 16 * 1024 * 1024;
@@ -120,6 +121,7 @@ fn put(pipeline: &Pipeline<'_>, filled: Filled) -> Result<Vec<u8>, ArchiveError>
     let id = Id::of(&bytes);
     let object = Object::new(Kind::Pack, id.to_hex());
     pipeline.archive.storage().put(&object, &bytes)?;
+    prove::read_back(pipeline.archive, &object, bytes.len() as u64)?;
     pipeline.stored(bytes.len() as u64);
     let full = {
         let mut ledger = pipeline.ledger.lock().unwrap_or_else(PoisonError::into_inner);
@@ -138,6 +140,7 @@ fn put(pipeline: &Pipeline<'_>, filled: Filled) -> Result<Vec<u8>, ArchiveError>
 fn put_index(pipeline: &Pipeline<'_>, packs: Vec<IndexedPack>) -> Result<(), ArchiveError> {
     let index = Index { supersedes: Vec::new(), packs };
     let (object, size) = pipeline.archive.write_file(Kind::Index, &index.to_bytes()?)?;
+    prove::read_back(pipeline.archive, &object, size)?;
     pipeline.stored(size);
     pipeline.ledger.lock().unwrap_or_else(PoisonError::into_inner).objects.push((object, size));
     Ok(())

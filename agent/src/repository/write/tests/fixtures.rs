@@ -63,7 +63,15 @@ impl Place {
         &self,
         hook: impl Fn(&Object) -> Result<(), StorageError> + Send + Sync + 'static,
     ) -> Arc<Hooked> {
-        Arc::new(Hooked { inner: self.folder(), hook: Box::new(hook) })
+        Arc::new(Hooked { inner: self.folder(), hook: Box::new(hook), before_proof: Box::new(|_| Ok(())) })
+    }
+
+    /// A place where something happens to an object after it was put.
+    pub(super) fn hooked_before_proof(
+        &self,
+        hook: impl Fn(&Object) -> Result<(), StorageError> + Send + Sync + 'static,
+    ) -> Arc<Hooked> {
+        Arc::new(Hooked { inner: self.folder(), hook: Box::new(|_| Ok(())), before_proof: Box::new(hook) })
     }
 
     pub(super) fn files(&self) -> Files {
@@ -158,10 +166,11 @@ impl Place {
 
 type Hook = dyn Fn(&Object) -> Result<(), StorageError> + Send + Sync;
 
-/// A folder that asks before every put.
+/// A folder that asks before every put, and before what was put is read back.
 pub(super) struct Hooked {
     inner: Folder,
     hook: Box<Hook>,
+    before_proof: Box<Hook>,
 }
 
 impl std::fmt::Debug for Hooked {
@@ -180,6 +189,10 @@ impl Storage for Hooked {
     }
     fn get(&self, object: &Object, bytes_max: u64) -> Result<Vec<u8>, StorageError> {
         self.inner.get(object, bytes_max)
+    }
+    fn read_back(&self, object: &Object, bytes_max: u64) -> Result<Vec<u8>, StorageError> {
+        (self.before_proof)(object)?;
+        self.inner.read_back(object, bytes_max)
     }
     fn get_range(&self, object: &Object, offset: u64, length: u64) -> Result<Vec<u8>, StorageError> {
         self.inner.get_range(object, offset, length)

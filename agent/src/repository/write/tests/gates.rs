@@ -26,6 +26,29 @@ fn entry_that_cannot_be_read_is_named_and_leaves_no_snapshot() {
     place.check();
 }
 
+/// What the second store puts shows whether an index names the pack.
+#[test]
+fn pack_that_does_not_read_back_is_not_taken_for_stored_by_anybody() {
+    let place = Place::new();
+    put_file(&place.source().join("file"), &noise(1 << 20, 1));
+    let repository = place.repository();
+    let archive = place.open_at(place.hooked_before_proof(move |object| {
+        if object.kind == Kind::Pack {
+            let path = repository.join(object.path());
+            let mut bytes = std::fs::read(&path).unwrap();
+            bytes[1000] ^= 1;
+            put_file(&path, &bytes);
+        }
+        Ok(())
+    }));
+    let error = place.store_in(&archive.unwrap()).unwrap_err();
+    assert!(matches!(&error, ArchiveError::Object { object, .. } if object.starts_with("data/")), "{error}");
+    assert!(place.snapshots().is_empty());
+    let stored = place.store().unwrap();
+    assert!(added(&stored) > 1 << 20, "the damaged pack counts as stored");
+    place.check();
+}
+
 #[test]
 fn path_that_is_missing_leaves_no_snapshot_even_of_a_live_tree() {
     let place = Place::new();
