@@ -31,6 +31,7 @@ fn server(sftp: &SftpServer) -> String {
 /// What any destination must do for runs; `restic` is stock restic on the repository there.
 fn goes_its_way(world: &World, destination: &str, put_only: bool, restic: &dyn Fn(&Agent) -> Cmd) {
     let source = world.source("source");
+    files::write(source.join("noise"), files::random_bytes(1 << 20));
     let gate = world.at("fails");
     let body = format!("seq 1 100000; [ ! -e {} ]", gate.display());
     let dump = files::write_script(world.at("programs/dump"), &body).display().to_string();

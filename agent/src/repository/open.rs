@@ -154,7 +154,7 @@ impl Archive {
         clock: &dyn Clock,
     ) -> Result<Self, ArchiveError> {
         for kind in [Kind::Config, Kind::Pack, Kind::Index, Kind::Snapshot] {
-            if !storage.list(kind)?.is_empty() {
+            if !listed(storage.as_ref(), kind)?.is_empty() {
                 return Err(ArchiveError::Exists(storage.place()));
             }
         }
@@ -266,10 +266,18 @@ fn unusable(object: &Object) -> impl Fn(FormatError) -> ArchiveError + '_ {
     |source| ArchiveError::Object { object: object.to_string(), source }
 }
 
+/// The objects of a kind, at a place where nobody has stored anything perhaps.
+fn listed(storage: &dyn Storage, kind: Kind) -> Result<Vec<(String, u64)>, StorageError> {
+    match storage.list(kind) {
+        Err(StorageError::NoRoot(_)) => Ok(Vec::new()),
+        listed => listed,
+    }
+}
+
 /// The key of a making that was broken off before the config. Key files that the password does not open are removed:
 /// without a config they open nothing.
 fn begun_key(storage: &dyn Storage, password: &[u8]) -> Result<Option<MasterKey>, ArchiveError> {
-    for (name, _) in storage.list(Kind::Key)? {
+    for (name, _) in listed(storage, Kind::Key)? {
         let object = Object::new(Kind::Key, name);
         let bytes = storage.get(&object, SMALL_BYTES_MAX)?;
         match KeyFile::parse(&bytes).and_then(|key| key.open(password)) {

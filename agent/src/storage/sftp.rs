@@ -435,7 +435,10 @@ impl Server for RemoteFolder {
                 None => self.step(sftp.fs().metadata(&self.place.path)).await.map(|_| Vec::new()),
             }
         });
-        listed.await.map_err(|e| e.about("list", kind.folder()))
+        listed.await.map_err(|hindrance| match hindrance.is(SftpErrorKind::NoSuchFile) {
+            true => StorageError::NoRoot(self.place.to_string()).into(),
+            false => hindrance.about("list", kind.folder()),
+        })
     }
 
     async fn remove(&self, object: &Object) -> Result<(), Trouble> {
