@@ -13,8 +13,11 @@
 //!
 //! The commit gate: the snapshot file is written from a `gate::Whole` and from nothing else, and one is
 //! made only when the source ended well without an error, everything was put, and the lock was kept. Whatever else
-//! happens leaves packs, and perhaps index files that name them, which the next run uses.
+//! happens leaves packs, and perhaps index files that name them, which the next run uses. Packs that no index file names,
+//! because their writer was killed, are taken in at the start of the next run (`adopt`).
 
+mod adopt;
+mod cancel;
 mod chunk;
 mod entry;
 mod exclude;
@@ -36,8 +39,7 @@ use std::fmt;
 use std::io::Read;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
 use crate::format::Id;
 use crate::platform::clock::SharedClock;
@@ -46,23 +48,8 @@ use crate::storage::Object;
 use super::lock::{HeldLock, Sharing};
 use super::open::{Archive, ArchiveError, Who};
 
+pub use cancel::{Cancel, Interruptible};
 pub use exclude::Patterns;
-
-/// Tells a running [`Archive::store`] to end; it leaves no snapshot then.
-#[derive(Clone, Debug, Default)]
-pub struct Cancel(Arc<AtomicBool>);
-
-impl Cancel {
-    /// Ends it soon: at the next entry, piece or pack.
-    pub fn cancel(&self) {
-        self.0.store(true, Ordering::Release);
-    }
-
-    /// Whether it was told to end.
-    pub fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Acquire)
-    }
-}
 
 /// How far it is; read while it works. Each store gets a new one.
 #[derive(Debug, Default)]
@@ -112,7 +99,7 @@ pub enum Source<'s> {
     Stream {
         /// Its name: one component.
         name: String,
-        /// The bytes. A call that blocks is not ended by cancelling: whoever cancels ends the producer as well.
+        /// The bytes. A call that blocks is ended by cancelling only if it reads from an [`Interruptible`].
         bytes: Box<dyn Read + Send + 's>,
         /// Asked after the last byte: did the producer end well? If not there is no snapshot.
         ended: Box<dyn FnOnce() -> Result<(), String> + Send + 's>,
@@ -203,7 +190,7 @@ impl Archive {
         }
         let lock = HeldLock::take(self, Sharing::Shared, &options.who, clock)?;
         let started = super::open::timestamp(clock.as_ref());
-        let (whole, draft) = pipeline::run(self, source, options, started, cancel, counters)?;
+        let (whole, draft) = pipeline::run(self, source, options, started, &lock, cancel, counters)?;
         gate::commit(self, whole, draft, &lock, cancel)
     }
 }
