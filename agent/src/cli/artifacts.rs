@@ -8,12 +8,13 @@ use std::path::Path;
 use hestner_proto::words::ErrorClass;
 use serde_json::json;
 
-use super::{Complaint, output};
+use super::progress::Following;
+use super::{Complaint, output, target as targets};
 use crate::daemon::settings::Settings;
 use crate::platform::chain;
 use crate::platform::files;
 use crate::report::RunRecord;
-use crate::repository::{Repository, RepositoryError};
+use crate::repository::{Progress, Repository, RepositoryError};
 use crate::run::ledger::{Ledger, is_run_id};
 
 struct Artifact {
@@ -61,15 +62,25 @@ fn complaint(error: &RepositoryError) -> Complaint {
 
 pub(super) async fn restore(settings: &Settings, run_uid: &str, target: &Path, as_json: bool) -> Result<(), Complaint> {
     let artifact = find(settings, run_uid)?;
-    check_target(target)?;
+    let begun = targets::begin(target, &artifact.snapshot_id)?;
     eprintln!(
-        "restoring {} of service {} to {}",
+        "{} {} of service {} to {}",
+        if begun.goes_on { "going on with an unfinished restore:" } else { "restoring" },
         output::bytes(artifact.run.size_bytes),
         artifact.run.service,
         target.display()
     );
-    let restored = artifact.repository.restore(&artifact.snapshot_id, target).await;
-    let warnings = restored.map_err(|e| complaint(&e))?;
+    let mut following = Following::new("restoring");
+    let tell = |progress| {
+        let (bytes_total, files_total) = (artifact.run.bytes_read, artifact.run.files);
+        following.tell(Progress { bytes_total, files_total, ..progress });
+    };
+    let restored = artifact.repository.restore(&artifact.snapshot_id, target, tell).await;
+    following.end();
+    let mut warnings = restored.map_err(|e| complaint(&e))?;
+    if let Err(error) = begun.finish() {
+        warnings.push(format!("the mark of an unfinished restore stays in the folder: {}", chain(&error)));
+    }
     warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
     if as_json {
         output::json(&json!({
@@ -88,28 +99,13 @@ pub(super) async fn restore(settings: &Settings, run_uid: &str, target: &Path, a
     Ok(())
 }
 
-/// What is restored must not mix with what is there, and must not follow a symlink somewhere else.
-fn check_target(target: &Path) -> Result<(), Complaint> {
-    let next = "name a folder that does not exist yet or is empty";
-    let bad = |reason: String| Complaint::mend("bad_target", reason, next);
-    match target.symlink_metadata() {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            files::private_folder(target).map_err(|e| bad(chain(&e)))
-        }
-        Err(error) => Err(bad(format!("cannot look at {}: {error}", target.display()))),
-        Ok(metadata) if !metadata.is_dir() => Err(bad(format!("{} is not a folder", target.display()))),
-        Ok(_) => match target.read_dir().map(|mut entries| entries.next().is_none()) {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(bad(format!("{} is not empty", target.display()))),
-            Err(error) => Err(bad(format!("cannot list {}: {error}", target.display()))),
-        },
-    }
-}
-
 pub(super) async fn verify(settings: &Settings, run_uid: &str, as_json: bool) -> Result<(), Complaint> {
     let artifact = find(settings, run_uid)?;
     eprintln!("reading the whole repository back; this takes as long as reading it does");
-    artifact.repository.verify(&artifact.snapshot_id).await.map_err(|error| match error.class() {
+    let mut following = Following::new("reading back");
+    let verified = artifact.repository.verify(&artifact.snapshot_id, |progress| following.tell(progress)).await;
+    following.end();
+    verified.map_err(|error| match error.class() {
         ErrorClass::ArchiverFailed => Complaint::of_class(ErrorClass::VerifyFailed, chain(&error)),
         _ => complaint(&error),
     })?;

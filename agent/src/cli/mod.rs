@@ -12,7 +12,9 @@ mod grants;
 mod keys;
 mod log;
 mod output;
+mod progress;
 mod talk;
+mod target;
 mod thaw;
 
 use std::path::PathBuf;
@@ -126,12 +128,12 @@ enum Command {
     },
     /// Write a run's artifact to a folder. Works without the daemon.
     #[command(
-        after_help = "Example:\n  hestner-agent restore 0198c0de-0000-7000-8000-000000000000 --target /srv/restored\n\nThe tree appears below the folder under its original path."
+        after_help = "Example:\n  hestner-agent restore 0198c0de-0000-7000-8000-000000000000 --target /srv/restored\n\nThe tree appears below the folder under its original path. A restore that was ended early goes on when the same command is given again: only what is missing is written."
     )]
     Restore {
         /// The run.
         run: String,
-        /// An empty or new folder.
+        /// A folder that is new or empty, or holds an unfinished restore of the same run.
         #[arg(long, value_name = "DIR")]
         target: PathBuf,
         /// Print JSON.
@@ -228,6 +230,7 @@ struct Subject {
 }
 
 /// An error as a person sees it.
+#[derive(Debug)]
 struct Complaint {
     message: String,
     next_step: String,

@@ -110,8 +110,8 @@ impl Index {
 }
 
 /// Longest blob, as it is stored and in the clear: pieces of files have 8 MiB at most, the tree of a folder with a
-/// million entries some hundred.
-const BLOB_BYTES_MAX: u32 = 512 * 1024 * 1024;
+/// million entries some 350, and none is longer than a tree may be.
+const BLOB_BYTES_MAX: u32 = (super::tree::TREE_BYTES_MAX + OVERHEAD_BYTES) as u32;
 
 fn pack(json: PackJson) -> Result<IndexedPack, FormatError> {
     let blob = |blob: BlobJson| {

@@ -162,7 +162,9 @@ impl RepositoryError {
             Self::Killed { .. } => ErrorClass::ArchiverKilled,
             Self::Cancelled => ErrorClass::Cancelled,
             Self::Archive(error) => archive_class(error),
-            Self::Damaged(_) | Self::Restore(RestoreError::Incomplete { .. }) => ErrorClass::VerifyFailed,
+            Self::Damaged(_) | Self::Restore(RestoreError::Incomplete { .. } | RestoreError::Endless { .. }) => {
+                ErrorClass::VerifyFailed
+            }
             Self::Restore(_) => ErrorClass::ArchiverFailed,
             Self::File(_) => ErrorClass::RepositoryUnavailable,
             Self::Failed { .. } | Self::Surprise(_) | Self::Command(_) => ErrorClass::ArchiverFailed,

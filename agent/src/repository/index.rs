@@ -4,7 +4,7 @@
 //! in blocks that never move, so that growing never holds two copies of them. The table is split by the first
 //! byte of the id, each part behind a lock of its own.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::format::index::IndexedPack;
@@ -119,6 +119,17 @@ impl BlobIndex {
         let pack = *packs.get((entry.pack & !TREE_BIT) as usize)?;
         let raw_length = (entry.raw_length > 0).then_some(entry.raw_length);
         Some(Location { pack, offset: entry.offset, length: entry.length, raw_length })
+    }
+
+    /// Packs that were there when the index was loaded, and that no index file speaks of, with their sizes, in the
+    /// order of their names.
+    pub fn unnamed(&self) -> Vec<(Id, u64)> {
+        let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
+        let named: HashSet<&Id> = packs.iter().collect();
+        let unnamed = self.present.iter().filter(|(id, _)| !named.contains(id));
+        let mut unnamed: Vec<_> = unnamed.map(|(id, bytes)| (*id, *bytes)).collect();
+        unnamed.sort_unstable();
+        unnamed
     }
 
     /// Size of a pack that was there when the index was loaded.

@@ -71,6 +71,16 @@ impl HeldLock {
         !self.lost.load(Ordering::Acquire) && is_there(&self.archive, &self.object)
     }
 
+    /// Whether there is no lock but this one: nobody else works here now.
+    ///
+    /// # Errors
+    /// When the locks cannot be listed.
+    pub fn is_alone(&self) -> Result<bool, ArchiveError> {
+        let locks = self.archive.storage().list(Kind::Lock)?;
+        let own = self.object.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(locks.iter().all(|(name, _)| *name == own.name))
+    }
+
     fn keep(&mut self, sharing: Sharing, who: Who, clock: SharedClock) -> Result<(), ArchiveError> {
         let (stop, stopped) = mpsc::channel();
         let (archive, object, lost) = (self.archive.clone(), self.object.clone(), self.lost.clone());

@@ -363,16 +363,21 @@ impl Repository {
     /// Writes a snapshot's tree below `target`. Returns what this user or filesystem could not set, as sentences.
     ///
     /// # Errors
-    /// When anything could not be written as it was stored.
-    pub async fn restore(&self, snapshot_id: &str, target: &Path) -> Result<Vec<String>, RepositoryError> {
-        own::restore(&self.location, snapshot_id, target).await
+    /// When anything could not be written as it was stored. Called again, it goes on with what is missing.
+    pub async fn restore(
+        &self,
+        snapshot_id: &str,
+        target: &Path,
+        on_progress: impl FnMut(Progress),
+    ) -> Result<Vec<String>, RepositoryError> {
+        own::restore(&self.location, snapshot_id, target, on_progress).await
     }
 
     /// Reads a snapshot's whole tree and checks the repository's structure and all its data.
     ///
     /// # Errors
     /// When anything is damaged.
-    pub async fn verify(&self, snapshot_id: &str) -> Result<(), RepositoryError> {
-        own::verify(&self.location, snapshot_id).await
+    pub async fn verify(&self, snapshot_id: &str, on_progress: impl FnMut(Progress)) -> Result<(), RepositoryError> {
+        own::verify(&self.location, snapshot_id, on_progress).await
     }
 }

@@ -3,14 +3,16 @@
 //! The calls block. What is read is checked against its name before anybody sees it; what is written gets its
 //! name from what it holds.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 
 use crate::format::compress::{expand, unwrap_file, wrap_file};
 use crate::format::config::Config;
 use crate::format::crypto::{Cipher, NONCE_BYTES};
-use crate::format::index::Index;
+use crate::format::index::{Index, IndexedPack};
 use crate::format::key::{Cost, KeyFile, Maker, MasterKey};
+use crate::format::pack::{self, LENGTH_BYTES, PackedBlob};
 use crate::format::{FormatError, Id, Timestamp};
 use crate::platform::clock::Clock;
 use crate::storage::{Kind, Object, Storage, StorageError};
@@ -180,10 +182,8 @@ impl Archive {
             Err(StorageError::Missing(_)) => return Err(ArchiveError::None(storage.place())),
             got => got?,
         };
-        let cipher = Arc::new(master_key(storage.as_ref(), password)?.cipher());
-        let plain = cipher.open("config", sealed).and_then(|plain| Config::parse(&plain));
-        let config = plain.map_err(unusable(&config))?;
-        Ok(Self { storage, cipher, config })
+        let (cipher, config) = unlock(storage.as_ref(), password, &sealed)?;
+        Ok(Self { storage, cipher: Arc::new(cipher), config })
     }
 
     /// What it says of itself.
@@ -232,17 +232,46 @@ impl Archive {
     /// # Errors
     /// When the place fails, or an index is damaged.
     pub fn load_index(&self) -> Result<BlobIndex, ArchiveError> {
+        Ok(self.load_index_files()?.0)
+    }
+
+    /// As [`Self::load_index`], with the names of the index files.
+    pub(super) fn load_index_files(&self) -> Result<(BlobIndex, HashSet<String>), ArchiveError> {
         // In this order: whoever writes beside us puts packs before the index files that name them.
         let names = self.storage.list(Kind::Index)?;
         let packs = self.storage.list(Kind::Pack)?.into_iter();
         let index = BlobIndex::new(packs.filter_map(|(name, bytes)| Some((name.parse().ok()?, bytes))).collect());
+        let mut loaded = HashSet::with_capacity(names.len());
         for (name, _) in names {
-            // Nobody prunes beside our lock, so that one which is missing is as bad as a damaged one.
-            let bytes = self.read_file(Kind::Index, &name)?;
-            let parsed = Index::parse(&bytes).map_err(unusable(&Object::new(Kind::Index, name)))?;
-            parsed.packs.iter().for_each(|pack| index.add_stored(pack));
+            self.add_index_file(&index, &name)?;
+            loaded.insert(name);
         }
-        Ok(index)
+        Ok((index, loaded))
+    }
+
+    /// Takes in one index file.
+    pub(super) fn add_index_file(&self, index: &BlobIndex, name: &str) -> Result<(), ArchiveError> {
+        // Nobody prunes beside our lock, so that one which is missing is as bad as a damaged one.
+        let bytes = self.read_file(Kind::Index, name)?;
+        let parsed = Index::parse(&bytes).map_err(unusable(&Object::new(Kind::Index, name)))?;
+        parsed.packs.iter().for_each(|pack: &IndexedPack| index.add_stored(pack));
+        Ok(())
+    }
+
+    /// What a pack of so many bytes says of itself: its blobs, its sealed header, and the header's length.
+    ///
+    /// # Errors
+    /// When it cannot be had, or its header does not open.
+    pub(super) fn pack_end(&self, object: &Object, bytes: u64) -> Result<PackEnd, ArchiveError> {
+        let wrong = |source| ArchiveError::Object { object: object.to_string(), source };
+        let too_short = || wrong(FormatError::Damaged { what: "pack", why: "it is too short".to_owned() });
+        let last_at = bytes.checked_sub(LENGTH_BYTES as u64).ok_or_else(too_short)?;
+        let last = self.storage.get_range(object, last_at, LENGTH_BYTES as u64)?;
+        let last = last.first_chunk().copied().ok_or_else(too_short)?;
+        let header_bytes = u64::from(pack::header_length(last, bytes).map_err(wrong)?);
+        let header = self.storage.get_range(object, last_at - header_bytes, header_bytes)?;
+        let blobs = pack::parse(&self.cipher, header.clone(), bytes).map_err(wrong)?;
+        Ok(PackEnd { blobs, header, last })
     }
 
     /// A blob in the clear, out of its stored bytes; checked against its name.
@@ -260,6 +289,16 @@ impl Archive {
         });
         plain.map_err(unusable(&Object::new(Kind::Pack, at.pack.to_hex())))
     }
+}
+
+/// The end of a pack.
+pub(super) struct PackEnd {
+    /// What lies in it.
+    pub(super) blobs: Vec<PackedBlob>,
+    /// As it is stored.
+    pub(super) header: Vec<u8>,
+    /// The header's length, as it is stored.
+    pub(super) last: [u8; LENGTH_BYTES],
 }
 
 fn unusable(object: &Object) -> impl Fn(FormatError) -> ArchiveError + '_ {
@@ -308,16 +347,28 @@ fn new_key(
     Ok(master)
 }
 
-/// Tries the password on key file after key file. One that is damaged does not hide another.
-fn master_key(storage: &dyn Storage, password: &[u8]) -> Result<MasterKey, ArchiveError> {
+/// Tries the password on key file after key file, and what it opens on the config: whoever may write here may have
+/// put a key file of another repository, or one of their own, that the password opens as well. One that is damaged or
+/// strange does not hide another.
+fn unlock(storage: &dyn Storage, password: &[u8], sealed: &[u8]) -> Result<(Cipher, Config), ArchiveError> {
+    let config = Object::new(Kind::Config, "config");
     let mut hindered = None;
     for (name, _) in storage.list(Kind::Key)?.into_iter().take(KEYS_MAX) {
         let object = Object::new(Kind::Key, name);
         let bytes = storage.get(&object, SMALL_BYTES_MAX)?;
-        match KeyFile::parse(&bytes).and_then(|key| key.open(password)) {
-            Ok(key) => return Ok(key),
-            Err(FormatError::WrongPassword) => {}
-            Err(error) => hindered = Some(unusable(&object)(error)),
+        let key = match KeyFile::parse(&bytes).and_then(|key| key.open(password)) {
+            Ok(key) => key,
+            Err(FormatError::WrongPassword) => continue,
+            Err(error) => {
+                hindered.get_or_insert(unusable(&object)(error));
+                continue;
+            }
+        };
+        let cipher = key.cipher();
+        match cipher.open("config", sealed.to_vec()).and_then(|plain| Config::parse(&plain)) {
+            Ok(config) => return Ok((cipher, config)),
+            // This says more than a key file that is damaged.
+            Err(error) => hindered = Some(unusable(&config)(error)),
         }
     }
     Err(hindered.unwrap_or_else(|| ArchiveError::WrongPassword(storage.place())))

@@ -4,7 +4,6 @@
 //! here runs on a thread that is started for it. It must be a new one: threads see the
 //! mounts that their starter saw, and a worker changes what it sees before it stores.
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -34,7 +33,7 @@ use crate::storage::{Kind, Storage, StorageError};
 const LOCK_PAUSE: Duration = Duration::from_millis(500);
 /// How often it is looked how far a store is.
 const LOOK_PAUSE: Duration = Duration::from_millis(250);
-/// How long a store of files that was called off may take to end.
+/// How long a store that was called off may take to end.
 const CANCEL_GRACE: Duration = Duration::from_secs(10);
 /// A password is some hundred bytes at most.
 const PASSWORD_BYTES_MAX: u64 = 16 * 1024;
@@ -221,7 +220,7 @@ pub(super) async fn store(
             loop {
                 let stream = stream.as_ref().map(OwnedFd::try_clone).transpose();
                 let stream = stream.map_err(|e| RepositoryError::Surprise(format!("no descriptor is left: {e}")))?;
-                let source = source(&job, stream, Arc::clone(&ended_well))?;
+                let source = source(&job, stream, Arc::clone(&ended_well), &cancel)?;
                 // The lock is taken before anything is read, so that a stream is whole at the next try.
                 match archive.store(source, &options(&job), &clock(), &cancel, &counters) {
                     Err(ArchiveError::Locked(_)) if Instant::now() < give_up && !cancel.is_cancelled() => {
@@ -238,10 +237,9 @@ pub(super) async fn store(
             stored = &mut storing => break stored?,
             () = &mut cancelled => {
                 cancel.cancel();
-                // If it was faster, its snapshot is removed like any of a failed run. One that waits for its stream
-                // cannot be called.
-                let grace = if matches!(job.input, Input::Files { .. }) { CANCEL_GRACE } else { LOOK_PAUSE };
-                let _ = tokio::time::timeout(grace, storing).await;
+                // If it was faster, its snapshot is removed like any of a failed run. A call to the storage that hangs
+                // cannot be called off: this process ends around it, and the next run clears its lock.
+                let _ = tokio::time::timeout(CANCEL_GRACE, storing).await;
                 return Err(RepositoryError::Cancelled);
             }
             () = tokio::time::sleep(LOOK_PAUSE) => {
@@ -264,7 +262,12 @@ fn options(job: &Job) -> Options {
     Options { tags, ..Options::new(Who::this_process()) }
 }
 
-fn source(job: &Job, stream: Option<OwnedFd>, ended_well: Arc<AtomicBool>) -> Result<Source<'static>, RepositoryError> {
+fn source(
+    job: &Job,
+    stream: Option<OwnedFd>,
+    ended_well: Arc<AtomicBool>,
+    cancel: &Cancel,
+) -> Result<Source<'static>, RepositoryError> {
     match (&job.input, stream) {
         (Input::Files { paths, exclude, one_file_system, live }, _) => {
             check_paths(paths, exclude, *one_file_system)?;
@@ -278,7 +281,11 @@ fn source(job: &Job, stream: Option<OwnedFd>, ended_well: Arc<AtomicBool>) -> Re
         }
         (Input::Stream { file_name }, Some(stream)) => Ok(Source::Stream {
             name: file_name.clone(),
-            bytes: Box::new(File::from(stream)),
+            bytes: Box::new(
+                cancel
+                    .interruptible(stream)
+                    .map_err(|e| RepositoryError::Surprise(format!("no descriptor is left: {e}")))?,
+            ),
             ended: Box::new(move || match ended_well.load(Ordering::Acquire) {
                 true => Ok(()),
                 false => Err("whoever produced it is gone".to_owned()),
@@ -316,15 +323,22 @@ fn progress(counters: &Counters) -> (Phase, Progress) {
 }
 
 /// Writes a snapshot's tree below `target`; every byte is checked against its name before it is written.
-pub(super) async fn restore(location: &Location, id: &str, target: &Path) -> Result<Vec<String>, RepositoryError> {
+pub(super) async fn restore(
+    location: &Location,
+    id: &str,
+    target: &Path,
+    on_progress: impl FnMut(Progress),
+) -> Result<Vec<String>, RepositoryError> {
     outlive_unlock();
     let (place, id, target, give_up) = (Place::of(location), id.to_owned(), target.to_owned(), give_up(location));
-    on_a_thread(move || {
+    let counters = Arc::new(restore::Counters::default());
+    let counted = Arc::clone(&counters);
+    let restoring = on_a_thread(move || {
         let archive = place.open()?;
         let _lock = locked_to_read(&archive, give_up)?;
         let listed = snapshots::get(&archive, &parsed(&id)?)?;
         let index = archive.load_index()?;
-        let (options, counters) = (restore::Options::default(), restore::Counters::default());
+        let options = restore::Options::default();
         let reader = Reader::new(&archive, &index);
         let restored =
             restore::restore(&reader, listed.snapshot.tree, &target, &options, &counters, &AtomicBool::default())?;
@@ -332,27 +346,57 @@ pub(super) async fn restore(location: &Location, id: &str, target: &Path) -> Res
         let more = count.saturating_sub(first.len() as u64);
         first.extend((more > 0).then(|| format!("and {more} more like these")));
         Ok(first)
-    })
-    .await
+    });
+    watched(restoring, || restore_progress(&counted), on_progress).await
+}
+
+/// The walk is only a little ahead of the writing, so that nothing is known of the whole.
+fn restore_progress(counters: &restore::Counters) -> Progress {
+    Progress {
+        bytes_done: counters.bytes_done.load(Ordering::Relaxed),
+        files_done: counters.files_done.load(Ordering::Relaxed),
+        ..Progress::default()
+    }
+}
+
+/// Tells how far something is while it goes on.
+async fn watched<T>(work: impl Future<Output = T>, look: impl Fn() -> Progress, mut tell: impl FnMut(Progress)) -> T {
+    tokio::pin!(work);
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            () = tokio::time::sleep(LOOK_PAUSE) => tell(look()),
+        }
+    }
 }
 
 /// Looks whether the snapshot is there, and reads every byte of the repository back.
-pub(super) async fn verify(location: &Location, id: &str) -> Result<(), RepositoryError> {
+pub(super) async fn verify(
+    location: &Location,
+    id: &str,
+    on_progress: impl FnMut(Progress),
+) -> Result<(), RepositoryError> {
     outlive_unlock();
     let (place, id, give_up) = (Place::of(location), id.to_owned(), give_up(location));
-    on_a_thread(move || {
+    let counters = Arc::new(verify::Counters::default());
+    let counted = Arc::clone(&counters);
+    let verifying = on_a_thread(move || {
         let archive = place.open()?;
         let _lock = locked_to_read(&archive, give_up)?;
         snapshots::get(&archive, &parsed(&id)?)?;
         let threads = std::thread::available_parallelism().map_or(2, usize::from);
-        let verified =
-            verify::verify(&archive, Extent::All, threads, &verify::Counters::default(), &AtomicBool::default());
+        let verified = verify::verify(&archive, Extent::All, threads, &counters, &AtomicBool::default());
         verified.map(drop).map_err(|error| match error {
             VerifyError::Archive(error) => error.into(),
             other => RepositoryError::Damaged(other),
         })
-    })
-    .await
+    });
+    let progress = || Progress {
+        bytes_done: counted.bytes_done.load(Ordering::Relaxed),
+        bytes_total: counted.bytes_total.load(Ordering::Relaxed),
+        ..Progress::default()
+    };
+    watched(verifying, progress, on_progress).await
 }
 
 fn parsed(id: &str) -> Result<Id, RepositoryError> {
@@ -371,3 +415,6 @@ async fn on_a_thread<T: Send + 'static>(
     thread.map_err(|error| RepositoryError::Surprise(format!("no thread: {error}")))?;
     result.await.unwrap_or_else(|_| Err(RepositoryError::Surprise("the archive engine broke off".to_owned())))
 }
+
+#[cfg(test)]
+mod tests;

@@ -20,7 +20,7 @@ use crate::format::Id;
 use crate::platform::command::printable;
 
 /// Deepest folder; a path of the kernel's has no more names.
-pub(super) const DEPTH_MAX: usize = 2048;
+pub(in crate::repository) const DEPTH_MAX: usize = 2048;
 /// Folders that a thread holds open.
 const OPEN_MAX: usize = 16;
 /// How part files' names begin, before the number of [`Folder::salt`].

@@ -42,6 +42,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use rustix::fs::{Mode, OFlags};
 
 pub use blobs::{Blobs, Reader, TreeReader};
+pub(super) use folder::DEPTH_MAX;
 pub(super) use report::chain;
 pub use report::{Notes, RestoreError};
 

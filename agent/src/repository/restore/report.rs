@@ -58,6 +58,17 @@ pub enum RestoreError {
     /// There is no such path in the snapshot.
     #[error("the snapshot holds no {0}")]
     NotFound(String),
+    /// The same folders stand in it again and again.
+    #[error(
+        "the snapshot names the same folders again and again: {entries} entries so far, of which {new} are different; \
+         no honest program writes such a tree"
+    )]
+    Endless {
+        /// Entries met so far.
+        entries: u64,
+        /// Of those, entries of folders that were not met before.
+        new: u64,
+    },
     /// The caller cancelled it.
     #[error("it was cancelled")]
     Cancelled,

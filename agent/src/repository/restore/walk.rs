@@ -3,6 +3,7 @@
 //!
 //! Of a folder that is open only the subfolders yet to be entered are held, never all of its nodes.
 
+use std::collections::HashSet;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -47,6 +48,39 @@ struct Level {
     subfolders: std::vec::IntoIter<Subfolder>,
 }
 
+/// Entries that may stand in folders which were met before, beside [`REPEATS_MAX`] times all others.
+const REPEATED_MIN: u64 = 10_000;
+/// How often a folder may stand in the tree, on average: what is mounted twice in a source does.
+const REPEATS_MAX: u64 = 8;
+
+/// Counts entries of folders that stand in the tree more than once. A tree that names one folder twice, which names
+/// another twice, and so on, is small to store and without end to restore.
+#[derive(Default)]
+struct Repeats {
+    /// The first bytes of the trees met so far: enough to tell them apart, and a quarter of their memory.
+    met: HashSet<u64>,
+    new: u64,
+    repeated: u64,
+}
+
+impl Repeats {
+    /// Whether a tree was met before.
+    fn meet(&mut self, tree: &Id) -> bool {
+        let begin = tree.as_bytes().first_chunk().copied().unwrap_or_default();
+        !self.met.insert(u64::from_le_bytes(begin))
+    }
+
+    /// One entry of it.
+    fn count(&mut self, is_repeated: bool) -> Result<(), Trouble> {
+        let counter = if is_repeated { &mut self.repeated } else { &mut self.new };
+        *counter += 1;
+        match self.repeated > REPEATED_MIN.saturating_add(self.new.saturating_mul(REPEATS_MAX)) {
+            true => Err(Trouble::Fatal(RestoreError::Endless { entries: self.new + self.repeated, new: self.new })),
+            false => Ok(()),
+        }
+    }
+}
+
 struct Walk<'w, 'a> {
     context: &'w Context<'a>,
     hands: &'w mut Hands,
@@ -55,6 +89,7 @@ struct Walk<'w, 'a> {
     filler: Filler,
     windows: Sender<Window>,
     include: Vec<Include>,
+    repeats: Repeats,
 }
 
 struct Include {
@@ -77,7 +112,8 @@ pub(super) fn walk(
         false => Wanted::Everything,
     };
     let trees = TreeReader::new(context.blobs);
-    let mut walk = Walk { context, hands, trees, links: Links::default(), filler: Filler::default(), windows, include };
+    let (links, filler, repeats) = (Links::default(), Filler::default(), Repeats::default());
+    let mut walk = Walk { context, hands, trees, links, filler, windows, include, repeats };
     let target = Folder::target();
     let mut levels = vec![walk.enter(target, tree, wanted)?];
     while let Some(level) = levels.last_mut() {
@@ -138,6 +174,7 @@ impl Walk<'_, '_> {
             fatal => fatal,
         })?;
         folder.salt.store(salt(&bytes), Ordering::Relaxed);
+        let is_repeated = self.repeats.meet(id);
         let mut last: Option<Vec<u8>> = None;
         let mut hindered = Ok(());
         let walked = tree::each(&bytes, |node| {
@@ -147,7 +184,7 @@ impl Walk<'_, '_> {
                 return false;
             }
             last = Some(node.name.clone());
-            let done = self.entry(folder, node, wanted, subfolders);
+            let done = self.repeats.count(is_repeated).and_then(|()| self.entry(folder, node, wanted, subfolders));
             hindered = self.context.survive(done);
             hindered.is_ok()
         });

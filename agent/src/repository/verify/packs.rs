@@ -7,11 +7,11 @@ use std::sync::{Mutex, PoisonError};
 use sha2::{Digest as _, Sha256};
 
 use super::super::index::Location;
-use super::super::open::{Archive, ArchiveError};
+use super::super::open::{Archive, ArchiveError, PackEnd};
 use super::super::restore::chain;
 use super::structure::digest;
 use super::{Counters, Extent, Packs, VerifyError, go_on};
-use crate::format::pack::{self, LENGTH_BYTES, PackedBlob};
+use crate::format::pack::PackedBlob;
 use crate::format::{FormatError, Id};
 use crate::storage::{Kind, Object};
 
@@ -83,11 +83,7 @@ fn pack_at(archive: &Archive, packs: &Packs, id: &Id, bytes: u64) -> Result<(), 
     let wrong = |source| ArchiveError::Object { object: object.to_string(), source };
     let damaged = |why: &str| wrong(FormatError::Damaged { what: "pack", why: why.to_owned() });
     let part = |offset, length| archive.storage().get_range(&object, offset, length);
-    let last = part(bytes - LENGTH_BYTES as u64, LENGTH_BYTES as u64)?;
-    let last = last.first_chunk().copied().ok_or_else(|| damaged("it is too short"))?;
-    let header_bytes = u64::from(pack::header_length(last, bytes).map_err(wrong)?);
-    let header = part(bytes - LENGTH_BYTES as u64 - header_bytes, header_bytes)?;
-    let blobs = pack::parse(archive.cipher(), header.clone(), bytes).map_err(wrong)?;
+    let PackEnd { blobs, header, last } = archive.pack_end(&object, bytes)?;
     if packs.get(id).is_none_or(|expected| expected.entries != digest(&blobs)) {
         return Err(damaged("its header is not what the index says of it"));
     }

@@ -15,6 +15,8 @@ use crate::format::{BlobKind, FormatError, Id, crypto, pack};
 use crate::platform::command::printable;
 use crate::storage::{Kind, Object, StorageError};
 
+/// Deepest folder: no restore makes a deeper one, and the paths of a chain without end would take all time.
+const DEPTH_MAX: usize = super::super::restore::DEPTH_MAX;
 /// How many paths are named for a damaged pack.
 const DEPENDANTS_NAMED: usize = 3;
 
@@ -171,6 +173,11 @@ impl Structure {
     }
 }
 
+/// The begin of a path that may be very long.
+fn cut(path: &str) -> String {
+    path.chars().take(80).collect()
+}
+
 struct Walk<'a> {
     archive: &'a Archive,
     index: &'a BlobIndex,
@@ -196,15 +203,22 @@ impl Walk<'_> {
         let mut trees = TreeReader::new(&reader);
         for (snapshot, root) in roots {
             let short = snapshot.to_hex().chars().take(8).collect::<String>();
-            let mut open = vec![(*root, format!("snapshot {short}:"))];
-            while let Some((id, path)) = open.pop() {
+            let mut open = vec![(*root, format!("snapshot {short}:"), 0)];
+            while let Some((id, path, depth)) = open.pop() {
                 go_on(self.cancel)?;
                 if !self.seen.insert(id) {
                     continue;
                 }
                 self.counters.trees.fetch_add(1, Ordering::Relaxed);
+                if depth > DEPTH_MAX {
+                    if !self.quiet {
+                        on_finding(format!("{}...: folders are deeper than {DEPTH_MAX}", cut(&path)));
+                    }
+                    continue;
+                }
                 on_blob(BlobKind::Tree, &id, &|| format!("{path}/"));
-                let walked = self.tree(&mut trees, &id, &path, &mut open, on_finding, on_blob);
+                let below = |id, path| open.push((id, path, depth + 1));
+                let walked = self.tree(&mut trees, &id, &path, below, on_finding, on_blob);
                 match walked {
                     Ok(()) => {}
                     Err(error) if error.is_of_one_object() => {
@@ -224,7 +238,7 @@ impl Walk<'_> {
         trees: &mut TreeReader<'_>,
         id: &Id,
         path: &str,
-        open: &mut Vec<(Id, String)>,
+        mut found: impl FnMut(Id, String),
         on_finding: &mut dyn FnMut(String),
         on_blob: OnBlob<'_>,
     ) -> Result<(), ArchiveError> {
@@ -232,7 +246,7 @@ impl Walk<'_> {
         let walked = tree::each(&bytes, |node| {
             let below = || format!("{path}/{}", printable(&node.name));
             match &node.kind {
-                NodeKind::Folder { subtree } if !self.seen.contains(subtree) => open.push((*subtree, below())),
+                NodeKind::Folder { subtree } if !self.seen.contains(subtree) => found(*subtree, below()),
                 NodeKind::File { content, size } => self.file(&node, content, *size, &below, on_finding, on_blob),
                 _ => {}
             }

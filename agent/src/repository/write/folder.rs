@@ -9,8 +9,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::format::BlobKind;
-use crate::format::tree::{CLOSING, Node, NodeKind, OPENING};
+use crate::format::tree::{CLOSING, Node, NodeKind, OPENING, TREE_BYTES_MAX};
 
+use super::super::open::ArchiveError;
 use super::pipeline::{Pipeline, Stop};
 use super::tools::Tools;
 
@@ -29,6 +30,9 @@ pub(super) struct Above {
     /// The folder's own node; its subtree is put in at the end.
     pub(super) node: Node,
 }
+
+/// Nobody could read the tree again.
+struct TooLong;
 
 #[derive(Debug)]
 struct Assembly {
@@ -54,8 +58,9 @@ impl Folder {
         json: &[u8],
     ) -> Result<(), Stop> {
         match self.take_in(slot, json) {
-            Some(tree) => self.clone().store(pipeline, tools, tree),
-            None => Ok(()),
+            Ok(Some(tree)) => self.clone().store(pipeline, tools, tree),
+            Ok(None) => Ok(()),
+            Err(TooLong) => Err(self.too_long(pipeline)),
         }
     }
 
@@ -65,8 +70,13 @@ impl Folder {
         self.store(pipeline, tools, tree)
     }
 
+    fn too_long(&self, pipeline: &Pipeline<'_>) -> Stop {
+        let path = self.path.display();
+        pipeline.fail(ArchiveError::Broken(format!("{path} has more entries than one folder of a repository can hold")))
+    }
+
     /// The whole tree, if this was the last entry.
-    fn take_in(&self, slot: usize, json: &[u8]) -> Option<Vec<u8>> {
+    fn take_in(&self, slot: usize, json: &[u8]) -> Result<Option<Vec<u8>>, TooLong> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let state = &mut *state;
         state.missing = state.missing.saturating_sub(1);
@@ -78,10 +88,13 @@ impl Folder {
         } else {
             state.early.insert(slot, json.to_vec());
         }
-        (state.missing == 0).then(|| {
+        if state.json.len() + CLOSING.len() > TREE_BYTES_MAX {
+            return Err(TooLong);
+        }
+        Ok((state.missing == 0).then(|| {
             state.json.extend_from_slice(CLOSING);
             std::mem::take(&mut state.json)
-        })
+        }))
     }
 
     fn store(self: Arc<Self>, pipeline: &Pipeline<'_>, tools: &mut Tools, tree: Vec<u8>) -> Result<(), Stop> {
@@ -95,7 +108,8 @@ impl Folder {
             let node = Node { kind: NodeKind::Folder { subtree }, ..above.node.clone() };
             let mut json = Vec::with_capacity(512);
             node.write(&mut json);
-            let Some(whole) = above.folder.take_in(above.slot, &json) else { return Ok(()) };
+            let taken = above.folder.take_in(above.slot, &json);
+            let Some(whole) = taken.map_err(|TooLong| above.folder.too_long(pipeline))? else { return Ok(()) };
             tree = whole;
             folder = above.folder.clone();
         }

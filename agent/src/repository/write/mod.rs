@@ -12,9 +12,13 @@
 //! of the folders that are open; it does not grow with files or bytes.
 //!
 //! The commit gate: the snapshot file is written from a `gate::Whole` and from nothing else, and one is
-//! made only when the source ended well without an error and everything was put. Each pack is read back (`prove`)
-//! before an index names it, so that no later run takes a damaged one for stored. Whatever else happens leaves packs, and perhaps index files that name them, which the next run uses.
+//! made only when the source ended well without an error, everything was put, and the lock was kept. Each pack is read
+//! back (`prove`) before an index names it, so that no later run takes a damaged one for stored. Whatever else happens
+//! leaves packs, and perhaps index files that name them, which the next run uses. Packs that no index file names,
+//! because their writer was killed, are taken in at the start of the next run (`adopt`).
 
+mod adopt;
+mod cancel;
 mod chunk;
 mod entry;
 mod exclude;
@@ -37,7 +41,6 @@ use std::fmt;
 use std::io::Read;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::format::Id;
@@ -47,23 +50,8 @@ use crate::storage::Object;
 use super::lock::{HeldLock, Sharing};
 use super::open::{Archive, ArchiveError, Who};
 
+pub use cancel::{Cancel, Interruptible};
 pub use exclude::Patterns;
-
-/// Tells a running [`Archive::store`] to end; it leaves no snapshot then.
-#[derive(Clone, Debug, Default)]
-pub struct Cancel(Arc<AtomicBool>);
-
-impl Cancel {
-    /// Ends it soon: at the next entry, piece or pack.
-    pub fn cancel(&self) {
-        self.0.store(true, Ordering::Release);
-    }
-
-    /// Whether it was told to end.
-    pub fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Acquire)
-    }
-}
 
 /// How far it is; read while it works. Each store gets a new one.
 #[derive(Debug, Default)]
@@ -115,7 +103,7 @@ pub enum Source<'s> {
     Stream {
         /// Its name: one component.
         name: String,
-        /// The bytes. A call that blocks is not ended by cancelling: whoever cancels ends the producer as well.
+        /// The bytes. A call that blocks is ended by cancelling only if it reads from an [`Interruptible`].
         bytes: Box<dyn Read + Send + 's>,
         /// Asked after the last byte: did the producer end well? If not there is no snapshot.
         ended: Box<dyn FnOnce() -> Result<(), String> + Send + 's>,
@@ -206,7 +194,7 @@ impl Archive {
         }
         let lock = HeldLock::take(self, Sharing::Shared, &options.who, clock)?;
         let started = super::open::timestamp(clock.as_ref());
-        let (whole, draft) = pipeline::run(self, source, options, started, cancel, counters)?;
+        let (whole, draft) = pipeline::run(self, source, options, started, &lock, cancel, counters)?;
         counters.is_at_the_gate.store(true, Ordering::Release);
         gate::commit(self, whole, draft, &lock, cancel)
     }

@@ -23,8 +23,8 @@ use super::prove;
 const PACK_BYTES: usize = 16 * 1024 * 1024;
 /// Room for what comes with the blob that closes it.
 const PACK_CAPACITY: usize = PACK_BYTES + 1024 * 1024;
-/// An index file is written after so many packs, so that half a gigabyte is the most that a crash makes us store
-/// again.
+/// An index file is written after so many packs, so that half a gigabyte is the most that the next run must read to
+/// take in what a crash left.
 const INDEX_PACKS_MAX: usize = 32;
 
 /// A closed pack without its footer.
@@ -90,6 +90,13 @@ impl Packer {
 pub(super) struct Ledger {
     objects: Vec<(Object, u64)>,
     unindexed: Vec<IndexedPack>,
+}
+
+impl Ledger {
+    /// With packs that were there before and must be named.
+    pub(super) fn of(unindexed: Vec<IndexedPack>) -> Self {
+        Self { objects: Vec::new(), unindexed }
+    }
 }
 
 /// Puts packs until there are no more. Runs in a thread of its own.

@@ -15,6 +15,7 @@ use crate::format::{Id, Timestamp};
 
 use super::super::errors::EntryErrors;
 use super::super::index::BlobIndex;
+use super::super::lock::HeldLock;
 use super::super::open::{Archive, ArchiveError};
 use super::chunk::Cutter;
 use super::entry::Names;
@@ -22,7 +23,7 @@ use super::gate::{Draft, Ended, Whole};
 use super::pack::{self, Filled, Ledger, Packer};
 use super::tools::Tools;
 use super::work::{self, Batch, Piece, Queues};
-use super::{Cancel, Counters, Files, Options, Source, parent, stream, walk};
+use super::{Cancel, Counters, Files, Options, Source, adopt, parent, stream, walk};
 
 /// Names of unreadable entries that are kept.
 const NAMES_MAX: usize = super::super::UNREADABLE_NAMES_MAX;
@@ -103,10 +104,13 @@ pub(super) fn run(
     source: Source<'_>,
     options: &Options,
     started: Timestamp,
+    lock: &HeldLock,
     cancel: &Cancel,
     counters: &Counters,
 ) -> Result<(Whole, Draft), ArchiveError> {
-    let index = archive.load_index()?;
+    let (index, named) = archive.load_index_files()?;
+    let adopted = adopt::adopt(archive, &index, &named, lock, cancel)?;
+    drop(named);
     let source = cleaned(source);
     let snapshot = draft(&source, options, started);
     let parent = match source {
@@ -122,7 +126,7 @@ pub(super) fn run(
         data: Packer::new(closed.clone(), empty.clone()),
         trees: Packer::new(closed.clone(), empty),
         names: Names::default(),
-        ledger: Mutex::default(),
+        ledger: Mutex::new(Ledger::of(adopted)),
         root: Mutex::default(),
         zeros: OnceLock::new(),
         counters,
@@ -136,19 +140,17 @@ pub(super) fn run(
     };
     let parent_id = parent.as_ref().map(|(id, _)| *id);
     std::thread::scope(|scope| {
-        let uploaders: Vec<_> = (0..options.uploads.get())
-            .map(|_| {
-                let (to_put, emptied, pipeline) = (to_put.clone(), emptied.clone(), &pipeline);
-                scope.spawn(move || pack::upload(pipeline, &to_put, &emptied))
-            })
-            .collect();
+        let mut uploaders = Uploaders { pipeline: &pipeline, closed: &closed, threads: Vec::new() };
+        for _ in 0..options.uploads.get() {
+            let (to_put, emptied, pipeline) = (to_put.clone(), emptied.clone(), &pipeline);
+            uploaders.threads.extend(spawn(pipeline, scope, move || pack::upload(pipeline, &to_put, &emptied)));
+        }
         // When all uploaders are gone, whoever hands over a pack must notice.
         drop(to_put);
         feed(&pipeline, scope, source, parent.map(|(_, snapshot)| snapshot.tree), options);
         if pipeline.check().is_ok() {
             let _ = pipeline.trees.flush().and_then(|()| pipeline.data.flush());
         }
-        end_uploaders(&pipeline, &closed, uploaders);
     });
     let put = pack::finish(&pipeline);
     if let Some(failure) = pipeline.failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
@@ -178,12 +180,11 @@ fn feed<'scope, 'env: 'scope>(
     let (batches, batches_in) = bounded::<Batch>(BATCHES_MAX);
     let (pieces, pieces_in) = bounded::<Piece>(options.workers.get());
     let queues = Queues::new(batches_in, pieces, pieces_in);
-    let workers: Vec<_> = (0..options.workers.get())
-        .map(|_| {
-            let queues = queues.clone();
-            scope.spawn(move || work::run(pipeline, &queues))
-        })
-        .collect();
+    let start = |_| {
+        let queues = queues.clone();
+        spawn(pipeline, scope, move || work::run(pipeline, &queues))
+    };
+    let workers: Vec<_> = (0..options.workers.get()).filter_map(start).collect();
     let fed = Tools::new(pipeline).and_then(|mut tools| match source {
         Source::Files(files) => {
             // If all workers are gone, handing them a batch must fail and not wait.
@@ -205,12 +206,35 @@ fn feed<'scope, 'env: 'scope>(
     }
 }
 
-fn end_uploaders(pipeline: &Pipeline<'_>, closed: &Sender<Filled>, uploaders: Vec<ScopedJoinHandle<'_, ()>>) {
-    for _ in &uploaders {
-        // Nobody takes it when an uploader has panicked, which `join` tells.
-        let _ = closed.send(Filled::default());
+/// The uploaders. They end when this goes, also when the calling thread panics: otherwise it would wait for them and
+/// they for it, for ever.
+struct Uploaders<'u, 'scope, 'a> {
+    pipeline: &'u Pipeline<'a>,
+    closed: &'u Sender<Filled>,
+    threads: Vec<ScopedJoinHandle<'scope, ()>>,
+}
+
+impl Drop for Uploaders<'_, '_, '_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.pipeline.fail(ArchiveError::Broken("a thread of the store panicked".to_owned()));
+        }
+        for _ in &self.threads {
+            // Nobody takes it when an uploader has panicked, which `join` tells.
+            let _ = self.closed.send(Filled::default());
+        }
+        join(self.pipeline, std::mem::take(&mut self.threads));
     }
-    join(pipeline, uploaders);
+}
+
+/// Starts a thread; without one, such as when no memory is left, the store fails.
+fn spawn<'scope>(
+    pipeline: &Pipeline<'_>,
+    scope: &'scope std::thread::Scope<'scope, '_>,
+    work: impl FnOnce() + Send + 'scope,
+) -> Option<ScopedJoinHandle<'scope, ()>> {
+    let started = std::thread::Builder::new().name("store".to_owned()).spawn_scoped(scope, work);
+    started.map_err(|error| pipeline.fail(ArchiveError::Broken(format!("no thread: {error}")))).ok()
 }
 
 fn join(pipeline: &Pipeline<'_>, threads: Vec<ScopedJoinHandle<'_, ()>>) {

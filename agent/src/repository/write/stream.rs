@@ -41,6 +41,8 @@ pub(super) fn read(
     let root = Folder::new(PathBuf::from("/"), None, 1);
     let file = BigFile::new(root, 0);
     let read = pieces(pipeline, tools, queues, &file, &mut Reader(bytes))?;
+    // A read that was called off is no fault of the stream's.
+    pipeline.check()?;
     let size = read.map_err(|error| pipeline.fail(ArchiveError::Stream(format!("cannot be read: {error}"))))?;
     file.end(pipeline, tools, node(pipeline, name, size))
 }
