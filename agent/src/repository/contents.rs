@@ -8,11 +8,13 @@ use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use sha2::{Digest as _, Sha256};
 
 use super::RepositoryError;
+use super::progress::ReadBack;
 use crate::platform::files;
 
 /// Buffer for reading back.
@@ -41,9 +43,17 @@ impl Contents {
         self.0.keys().any(|path| !path.parent().is_some_and(|folder| folder.ends_with("keys")))
     }
 
-    pub(super) fn read_back_new(&self, before: &Self) -> Result<u64, RepositoryError> {
-        let new = self.0.iter().filter(|(path, _)| !before.0.contains_key(*path));
-        new.map(|(path, _)| read_back(path)).sum()
+    pub(super) fn read_back_new(&self, before: &Self, far: &ReadBack) -> Result<u64, RepositoryError> {
+        let new: Vec<_> = self.0.iter().filter(|(path, _)| !before.0.contains_key(*path)).collect();
+        far.objects_total.store(new.len() as u64, Ordering::Relaxed);
+        far.bytes_total.store(new.iter().map(|(_, bytes)| *bytes).sum(), Ordering::Relaxed);
+        let read = new.into_iter().map(|(path, _)| {
+            let bytes = read_back(path)?;
+            far.objects_done.fetch_add(1, Ordering::Relaxed);
+            far.bytes_done.fetch_add(bytes, Ordering::Relaxed);
+            Ok(bytes)
+        });
+        read.sum()
     }
 }
 
@@ -113,7 +123,10 @@ mod tests {
         let before = Contents::list(folder.path()).unwrap();
         put(folder.path(), b"newer");
         let now = Contents::list(folder.path()).unwrap();
-        assert_eq!((now.read_back_new(&before).unwrap(), now.bytes()), (5, 8));
+        let far = ReadBack::default();
+        assert_eq!((now.read_back_new(&before, &far).unwrap(), now.bytes()), (5, 8));
+        let far = far.progress();
+        assert_eq!((far.bytes_done, far.bytes_total, far.files_done, far.files_total), (5, 5, 1, 1));
     }
 
     #[test]
@@ -121,7 +134,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = put(folder.path(), b"content");
         files::write(&path, b"cOntent", 0o600).unwrap();
-        let error = Contents::list(folder.path()).unwrap().read_back_new(&Contents::default()).unwrap_err();
+        let error = Contents::list(folder.path())
+            .unwrap()
+            .read_back_new(&Contents::default(), &ReadBack::default())
+            .unwrap_err();
         assert!(matches!(error, RepositoryError::Differs { path: named } if named == path));
     }
 }

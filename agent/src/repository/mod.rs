@@ -32,6 +32,7 @@ mod locks;
 pub mod open;
 mod own;
 pub mod place;
+pub mod progress;
 mod restic;
 pub mod restore;
 pub mod retention;
@@ -52,7 +53,7 @@ use toml_example::TomlExample;
 
 use crate::escrow::RepositoryKey;
 use crate::platform::files;
-use crate::policy::DestinationSettings;
+use crate::policy::{DestinationSettings, How};
 
 pub use contents::Contents;
 pub use errors::{EntryErrors, RepositoryError};
@@ -196,6 +197,9 @@ pub struct Job {
     pub service: String,
     /// The data.
     pub input: Input,
+    /// How it is read and written.
+    #[serde(default)]
+    pub how: How,
 }
 
 /// The data of a [`Job`].
@@ -261,6 +265,9 @@ pub struct Progress {
     pub files_total: u64,
     /// 0 while unknown.
     pub seconds_remaining: u32,
+    /// Smoothed; 0 while unknown.
+    #[serde(default)]
+    pub bytes_per_second: u64,
 }
 
 /// A repository at its place.
@@ -475,12 +482,12 @@ impl Repository {
     }
 
     /// Reads back every object that is not in `before`, from the disk and not from the page cache.
-    /// Returns how many bytes that was.
+    /// Returns how many bytes that was; `far` says how far it is meanwhile.
     ///
     /// # Errors
     /// [`RepositoryError::Differs`] for an object whose SHA-256 is not its name.
-    pub fn read_back(&self, before: &Contents) -> Result<u64, RepositoryError> {
-        self.contents()?.read_back_new(before)
+    pub fn read_back(&self, before: &Contents, far: &progress::ReadBack) -> Result<u64, RepositoryError> {
+        self.contents()?.read_back_new(before, far)
     }
 
     /// Size of the repository on disk, in bytes.

@@ -5,6 +5,7 @@
 //! mounts that their starter saw, and a worker changes what it sees before it stores.
 
 use std::fs::File;
+use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,10 +19,11 @@ use zeroize::Zeroizing;
 
 use super::lock::{HeldLock, Sharing};
 use super::open::{Archive, ArchiveError, Who};
+use super::progress::Watch;
 use super::restore::{self, Reader};
 use super::snapshots;
 use super::verify::{self, Extent, VerifyError};
-use super::write::{Cancel, Counters, Files, Options, Patterns, Source};
+use super::write::{Cancel, Counters, Files, Options, Parent, Patterns, Source};
 use super::{Input, Job, Location, Progress, RepositoryError, Snapshot, Stored};
 use crate::format::Id;
 use crate::format::key::Cost;
@@ -186,6 +188,7 @@ pub(super) async fn store(
             }
         })
     };
+    let (mut watch, begun) = (Watch::new(counters, files(job)), Instant::now());
     tokio::pin!(storing, cancelled);
     let stored = loop {
         tokio::select! {
@@ -198,7 +201,7 @@ pub(super) async fn store(
                 let _ = tokio::time::timeout(grace, storing).await;
                 return Err(RepositoryError::Cancelled);
             }
-            () = tokio::time::sleep(LOOK_PAUSE) => on_progress(progress(&counters)),
+            () = tokio::time::sleep(LOOK_PAUSE) => on_progress(watch.look(begun.elapsed())),
         }
     };
     all_there(&location.path(), &stored.objects)?;
@@ -224,20 +227,33 @@ fn all_there(repository: &Path, objects: &[(Object, u64)]) -> Result<(), Reposit
 
 fn options(job: &Job) -> Options {
     let tags = vec![snapshots::run_tag(&job.run_uid), snapshots::service_tag(&job.service)];
-    Options { tags, ..Options::new(Who::this_process()) }
+    let base = Options::new(Who::this_process());
+    Options {
+        tags,
+        parent: if job.how.force_read { Parent::ForceRead } else { Parent::default() },
+        level: job.how.compression_level,
+        workers: NonZeroUsize::new(job.how.threads).unwrap_or(base.workers),
+        ..base
+    }
+}
+
+/// The source, if it is a tree.
+fn files(job: &Job) -> Option<Files> {
+    let Input::Files { paths, exclude, one_file_system, live } = &job.input else { return None };
+    Some(Files {
+        paths: paths.clone(),
+        exclude: exclude.clone(),
+        one_file_system: *one_file_system,
+        skip_caches: job.how.skip_caches,
+        live: *live,
+    })
 }
 
 fn source(job: &Job, stream: Option<OwnedFd>, ended_well: Arc<AtomicBool>) -> Result<Source<'static>, RepositoryError> {
     match (&job.input, stream) {
-        (Input::Files { paths, exclude, one_file_system, live }, _) => {
+        (Input::Files { paths, exclude, one_file_system, .. }, _) => {
             check_paths(paths, exclude, *one_file_system)?;
-            Ok(Source::Files(Files {
-                paths: paths.clone(),
-                exclude: exclude.clone(),
-                one_file_system: *one_file_system,
-                skip_caches: false,
-                live: *live,
-            }))
+            Ok(Source::Files(files(job).unwrap_or_default()))
         }
         (Input::Stream { file_name }, Some(stream)) => Ok(Source::Stream {
             name: file_name.clone(),
@@ -267,15 +283,6 @@ fn check_paths(paths: &[PathBuf], exclude: &[String], one_file_system: bool) -> 
             path.display(),
             above.display()
         ))),
-    }
-}
-
-/// Nobody counts the source beforehand, so that nothing is known of the whole.
-fn progress(counters: &Counters) -> Progress {
-    Progress {
-        bytes_done: counters.bytes_done.load(Ordering::Relaxed),
-        files_done: counters.files_done.load(Ordering::Relaxed),
-        ..Progress::default()
     }
 }
 

@@ -214,7 +214,8 @@ impl Restic {
                             bytes_total: total_bytes,
                             files_done,
                             files_total: total_files,
-                            seconds_remaining
+                            seconds_remaining,
+                            bytes_per_second: 0
                         }),
                     Ok(Line::Summary { total_files_processed, total_bytes_processed, snapshot_id }) => {
                         ended.snapshot_id = Some(snapshot_id);
@@ -251,6 +252,13 @@ impl Restic {
     fn backup_program(&self, job: &Job) -> Program {
         let tags = format!("run={},service={}", job.run_uid, job.service);
         let program = self.program.clone().args(["backup", "--tag", &tags]);
+        // The level is its own affair: it has none between these two.
+        let program = if job.how.force_read { program.arg("--force") } else { program };
+        let program = if job.how.skip_caches { program.arg("--exclude-caches") } else { program };
+        let program = match job.how.threads {
+            0 => program,
+            threads => program.env("GOMAXPROCS", threads.to_string()),
+        };
         match &job.input {
             Input::Files { paths, exclude, one_file_system, .. } => {
                 let program = exclude.iter().fold(program, |p, pattern| p.arg("--exclude").arg(pattern));

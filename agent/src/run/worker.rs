@@ -23,7 +23,10 @@ use tokio::time::Instant;
 
 use super::messages::{Failure, Work, WorkerEvent, WorkerOrder, WorkerTask, receive, send};
 use crate::freeze::Bind;
-use crate::repository::{Job, Progress, Repository, RepositoryError};
+use crate::platform::process::{self, IoPriority};
+use crate::policy::{Effort, IoClass};
+use crate::repository::progress::{Rate, ReadBack};
+use crate::repository::{Contents, Job, Progress, Repository, RepositoryError};
 
 /// Progress is said at most so often.
 const PROGRESS_PAUSE: Duration = Duration::from_millis(500);
@@ -47,6 +50,8 @@ pub async fn run(stream: Option<StreamEnds>) -> io::Result<()> {
     let mut input = BufReader::new(pipe::Receiver::from_owned_fd(io::stdin().as_fd().try_clone_to_owned()?)?);
     let mut output = pipe::Sender::from_owned_fd(io::stdout().as_fd().try_clone_to_owned()?)?;
     let task: WorkerTask = receive(&mut input).await.ok_or(io::ErrorKind::UnexpectedEof)?;
+    // Threads that are started from here on inherit it.
+    give_way(&task.effort);
     let repository = Repository::at(task.location);
     let last = match task.work {
         Work::Store { job, binds, keep, recovery_recipient } => {
@@ -57,6 +62,19 @@ pub async fn run(stream: Option<StreamEnds>) -> io::Result<()> {
         Work::Expire { snapshot_ids } => removed(&repository, repository.expire(&snapshot_ids).await),
     };
     send(&mut output, &last).await
+}
+
+/// A backup that goes before others is better than none, so that a kernel or a fence that refuses is only told.
+fn give_way(effort: &Effort) {
+    let at_the_disk = match effort.io_class {
+        IoClass::None => None,
+        IoClass::BestEffort => Some(IoPriority::BestEffort(effort.io_level)),
+        IoClass::Idle => Some(IoPriority::Idle),
+    };
+    let done = process::give_way(effort.nice).and(at_the_disk.map_or(Ok(()), process::set_io_priority));
+    if let Err(error) = done {
+        tracing::warn!(event = "priority_not_set", %error);
+    }
 }
 
 fn removed(repository: &Repository, result: Result<(), RepositoryError>) -> WorkerEvent {
@@ -151,11 +169,10 @@ impl Store {
     ) -> Result<WorkerEvent, RepositoryError> {
         let before = self.repository.contents()?;
         let mut say = Throttle { events: events.clone(), next: Instant::now() };
-        let mut stored = self.repository.store(&self.job, stream, cancelled, |progress| say.progress(progress)).await?;
+        let archiving = |progress| say.progress(Phase::Archive, progress);
+        let mut stored = self.repository.store(&self.job, stream, cancelled, archiving).await?;
         let _ = events.send(WorkerEvent::Progress { phase: Phase::Verify, progress: Progress::default() }).await;
-        let repository = self.repository.clone();
-        let reading = tokio::task::spawn_blocking(move || repository.read_back(&before)).await;
-        match reading.unwrap_or_else(|_| Err(RepositoryError::Surprise("reading back broke off".to_owned()))) {
+        match self.read_back(before, &mut say).await {
             // What is on the disk now, and not what the archiver says it added before compression.
             Ok(bytes) => stored.bytes_stored = bytes,
             Err(error) => {
@@ -167,17 +184,39 @@ impl Store {
     }
 }
 
+impl Store {
+    async fn read_back(&self, before: Contents, say: &mut Throttle) -> Result<u64, RepositoryError> {
+        let (far, repository) = (Arc::new(ReadBack::default()), self.repository.clone());
+        let (begun, mut rate) = (Instant::now(), Rate::default());
+        let reading = {
+            let far = Arc::clone(&far);
+            tokio::task::spawn_blocking(move || repository.read_back(&before, &far))
+        };
+        tokio::pin!(reading);
+        loop {
+            tokio::select! {
+                read = &mut reading => {
+                    return read.unwrap_or_else(|_| Err(RepositoryError::Surprise("reading back broke off".to_owned())));
+                }
+                () = tokio::time::sleep(PROGRESS_PAUSE) => {
+                    say.progress(Phase::Verify, rate.estimate(far.progress(), begun.elapsed()));
+                }
+            }
+        }
+    }
+}
+
 struct Throttle {
     events: mpsc::Sender<WorkerEvent>,
     next: Instant,
 }
 
 impl Throttle {
-    fn progress(&mut self, progress: Progress) {
+    fn progress(&mut self, phase: Phase, progress: Progress) {
         if Instant::now() >= self.next {
             self.next = Instant::now() + PROGRESS_PAUSE;
             // A line of progress that finds no room is no loss; the next one says more.
-            let _ = self.events.try_send(WorkerEvent::Progress { phase: Phase::Archive, progress });
+            let _ = self.events.try_send(WorkerEvent::Progress { phase, progress });
         }
     }
 }

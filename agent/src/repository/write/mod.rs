@@ -16,6 +16,7 @@
 //! happens leaves packs, and perhaps index files that name them, which the next run uses.
 
 mod chunk;
+mod count;
 mod entry;
 mod exclude;
 mod folder;
@@ -46,6 +47,7 @@ use crate::storage::Object;
 use super::lock::{HeldLock, Sharing};
 use super::open::{Archive, ArchiveError, Who};
 
+pub use count::{Totals, count};
 pub use exclude::Patterns;
 
 /// Tells a running [`Archive::store`] to end; it leaves no snapshot then.
