@@ -13,6 +13,7 @@ mod commit_gate;
 mod confirm;
 mod containers;
 mod doctor;
+mod effort;
 mod exactly_once;
 mod false_green;
 mod faults;
