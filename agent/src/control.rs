@@ -96,6 +96,9 @@ pub enum Answer {
         files: (u64, u64),
         /// 0 while unknown.
         seconds_remaining: u32,
+        /// 0 while unknown.
+        #[serde(default)]
+        bytes_per_second: u64,
     },
     /// Runs that wait for a person, oldest first; or the one that was asked for.
     Waiting(Vec<WaitingRun>),

@@ -4,7 +4,7 @@
 //! every run, each with what it has read itself. What is not allowed in so many words is refused; what has
 //! to be confirmed is refused without a [`Confirmation`] of that very run.
 
-use hestner_proto::words::{ErrorClass, GrantValue, Verb};
+use hestner_proto::words::{ErrorClass, GrantValue, Priority, Verb};
 use serde::{Deserialize, Serialize};
 
 use crate::policy::{DestinationSettings, Floor, Grants, Policy};
@@ -111,6 +111,24 @@ pub fn check_policy(policy: &Policy, destinations: &[DestinationSettings], floor
         );
         return refuse(ErrorClass::RetentionBelowFloor, message);
     }
+    check_wishes(policy, floor)
+}
+
+/// What a policy asks a backup to cost. Priority needs no floor: whatever is asked for can only lower it.
+fn check_wishes(policy: &Policy, floor: &Floor) -> Result<(), Refusal> {
+    let Policy { service, wishes, .. } = policy;
+    if let Some(level) = wishes.compression_level
+        && !(1..=floor.compression_level_max).contains(&level)
+    {
+        let message = format!(
+            "the policy of `{service}` asks for compression level {level}; the host allows 1 to {}",
+            floor.compression_level_max
+        );
+        return refuse(ErrorClass::EffortRefused, message);
+    }
+    if let Some(Err(error)) = wishes.priority.as_deref().map(str::parse::<Priority>) {
+        return refuse(ErrorClass::EffortRefused, format!("the policy of `{service}`: {error}"));
+    }
     Ok(())
 }
 
@@ -158,6 +176,7 @@ pub fn render_grants(grants: &Grants) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::Wishes;
 
     fn policy() -> Policy {
         Policy {
@@ -170,7 +189,13 @@ mod tests {
             destination: "local".into(),
             encryption_enabled: true,
             misfire: "skip".into(),
+            wishes: Wishes::default(),
         }
+    }
+
+    fn wishing(compression_level: Option<i32>, priority: Option<&str>) -> Policy {
+        let wishes = Wishes { compression_level, priority: priority.map(str::to_owned), ..Wishes::default() };
+        Policy { wishes, ..policy() }
     }
 
     fn destinations() -> Vec<DestinationSettings> {
@@ -240,21 +265,27 @@ mod tests {
 
     #[test]
     fn policy_within_the_floor_passes() {
-        let floor = Floor { retention_days: 7, retention_count: 3, allow_unencrypted: false };
+        let floor = Floor { retention_days: 7, retention_count: 3, ..Floor::default() };
         assert_eq!(check_policy(&policy(), &destinations(), &floor), Ok(()));
+        for wishes in [wishing(Some(9), Some("idle")), wishing(Some(1), Some("normal")), wishing(None, Some("low"))] {
+            assert_eq!(check_policy(&wishes, &destinations(), &floor), Ok(()), "{wishes:?}");
+        }
         let keeps_all = Policy { retention_days: 0, retention_count: 0, ..policy() };
         assert_eq!(check_policy(&keeps_all, &destinations(), &floor), Ok(()));
     }
 
     #[test]
     fn each_rule_refuses_with_its_own_code() {
-        let floor = Floor { retention_days: 7, retention_count: 3, allow_unencrypted: false };
+        let floor = Floor { retention_days: 7, retention_count: 3, ..Floor::default() };
         let cases = [
             (Policy { destination: "elsewhere".into(), ..policy() }, ErrorClass::UnknownDestination),
             (Policy { encryption_enabled: false, ..policy() }, ErrorClass::EncryptionRequired),
             (Policy { retention_days: 6, ..policy() }, ErrorClass::RetentionBelowFloor),
             (Policy { retention_count: 2, ..policy() }, ErrorClass::RetentionBelowFloor),
             (Policy { retention_days: 0, ..policy() }, ErrorClass::RetentionBelowFloor),
+            (wishing(Some(10), None), ErrorClass::EffortRefused),
+            (wishing(Some(0), None), ErrorClass::EffortRefused),
+            (wishing(None, Some("realtime")), ErrorClass::EffortRefused),
         ];
         for (policy, class) in cases {
             assert_eq!(check_policy(&policy, &destinations(), &floor).unwrap_err().class, class);

@@ -6,6 +6,7 @@
 //! runner can read them without the daemon's database. Nothing here decides anything.
 
 mod destination;
+mod effort;
 mod point;
 
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use toml_example::TomlExample;
 
 pub use destination::{DestinationKind, DestinationSettings};
+pub use effort::{COMPRESSION_LEVEL_MAX, Effort, How, IoClass, ServiceWorkerSettings, Wishes, WorkerSettings};
 pub use point::{Hold, PointKind, PointSettings};
 
 use crate::platform::files::{self, FileError};
@@ -53,6 +55,9 @@ pub struct ServiceSettings {
     #[serde(default)]
     #[toml_example(nesting)]
     pub point: PointSettings,
+    #[serde(default)]
+    #[toml_example(nesting)]
+    pub worker: ServiceWorkerSettings,
     #[serde(default, rename = "hook")]
     #[toml_example(nesting)]
     pub hooks: Vec<HookSettings>,
@@ -143,11 +148,14 @@ pub struct Floor {
     /// Let a policy switch encryption off, which gives the repository's key to the centre.
     #[toml_example(default = false)]
     pub allow_unencrypted: bool,
+    /// Policies may ask for compression up to this level, 1 to 19; the highest take much CPU, and memory.
+    #[toml_example(default = 9)]
+    pub compression_level_max: i32,
 }
 
 impl Default for Floor {
     fn default() -> Self {
-        Self { retention_days: 0, retention_count: 1, allow_unencrypted: false }
+        Self { retention_days: 0, retention_count: 1, allow_unencrypted: false, compression_level_max: 9 }
     }
 }
 
@@ -190,6 +198,7 @@ impl ServiceSettings {
         }
         self.source.mistakes().into_iter().for_each(&mut say);
         self.point.mistakes(self.source.kind).into_iter().for_each(&mut say);
+        self.worker.mistakes().into_iter().for_each(|reason| say(format!("worker: {reason}")));
         for (i, hook) in self.hooks.iter().enumerate() {
             if self.hooks[..i].iter().any(|other| other.name == hook.name) {
                 say(format!("hook `{}` is defined twice", hook.name));
@@ -297,6 +306,9 @@ pub struct Policy {
     pub encryption_enabled: bool,
     /// What a missed time leads to, as [`Misfire`] is written.
     pub misfire: String,
+    /// What a backup may cost.
+    #[serde(default)]
+    pub wishes: Wishes,
 }
 
 impl From<v1::Policy> for Policy {
@@ -311,6 +323,12 @@ impl From<v1::Policy> for Policy {
             destination: p.destination,
             encryption_enabled: p.encryption_enabled,
             misfire: p.misfire,
+            wishes: Wishes {
+                compression_level: p.compression_level,
+                priority: p.priority,
+                force_read: p.force_read,
+                skip_caches: p.skip_caches,
+            },
         }
     }
 }

@@ -229,6 +229,7 @@ fn seed(server_id: i64, service: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::Wishes;
 
     fn schedule(cron: &str, zone: &str, misfire: &str) -> Schedule {
         let policy = Policy {
@@ -241,6 +242,7 @@ mod tests {
             destination: "local".into(),
             encryption_enabled: true,
             misfire: misfire.into(),
+            wishes: Wishes::default(),
         };
         Schedule::of(&policy, 0).unwrap().unwrap()
     }
@@ -308,6 +310,7 @@ mod tests {
             destination: "local".into(),
             encryption_enabled: true,
             misfire: "skip".into(),
+            wishes: Wishes::default(),
         };
         assert!(Schedule::of(&policy, 0).unwrap_err().to_string().contains("every day"));
         policy.cron = "0 3 * * *".into();

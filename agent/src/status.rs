@@ -29,6 +29,9 @@ pub struct Status {
     pub clock_skew_ms: Option<i64>,
     /// Whether daemon and runner are separate units with separate privileges.
     pub separated: bool,
+    /// Which bounds of `[worker]` nobody keeps here, and why; empty when all are kept.
+    #[serde(default)]
+    pub worker_limits_off: String,
     /// Reports that the receiver has not acknowledged yet.
     pub outbox_reports: u64,
     /// Runs that go on.
@@ -84,6 +87,9 @@ pub struct Description {
     pub repositories: Vec<RepositoryStatus>,
     /// Containers.
     pub containers: Vec<Container>,
+    /// Which bounds of `[worker]` nobody keeps here, and why; empty when all are kept.
+    #[serde(default)]
+    pub worker_limits_off: String,
     /// What keeps runs from working, as sentences.
     pub problems: Vec<String>,
 }

@@ -170,6 +170,18 @@ words! {
 }
 
 words! {
+    /// How far a backup goes behind what else the host does, as a policy may ask for.
+    Priority ("priority") {
+        /// As the host's settings have it.
+        Normal = "normal",
+        /// Behind most others.
+        Low = "low",
+        /// Only when nobody else wants CPU or disk.
+        Idle = "idle",
+    }
+}
+
+words! {
     /// Why a run failed.
     ErrorClass ("error class") {
         /// The host's grants or floors do not allow it.
@@ -186,6 +198,8 @@ words! {
         EncryptionRequired = "encryption_required",
         /// The policy keeps less than the host's floor.
         RetentionBelowFloor = "retention_below_floor",
+        /// The policy asks for more effort than the host's floor lets a backup cost.
+        EffortRefused = "effort_refused",
         /// Settings, grants or a program can be changed by others.
         UnsafePermissions = "unsafe_permissions",
         /// The host's settings cannot be used.
@@ -283,6 +297,9 @@ impl ErrorClass {
                 "leave encryption on, or set `allow_unencrypted = true` under [floor] on the host"
             }
             Self::RetentionBelowFloor => "keep at least what [floor] in agent.toml demands",
+            Self::EffortRefused => {
+                "ask for less, or raise `compression_level_max` under [floor] in agent.toml on the host"
+            }
             Self::UnsafePermissions => {
                 "give the file and all folders above it to root and take write access from others"
             }

@@ -76,6 +76,7 @@ fn host_that_is_well_has_no_problem_and_nothing_is_changed() {
         "clock",
         "daemon",
         "separation",
+        "limits",
         "left",
         "destination",
         "restic",

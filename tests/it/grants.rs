@@ -122,6 +122,7 @@ fn policy_that_the_host_does_not_allow_is_refused_with_its_reason() {
         (json!({"encryption_enabled": false}), "encryption_required"),
         (json!({"retention_days": 6}), "retention_below_floor"),
         (json!({"retention_count": 1}), "retention_below_floor"),
+        (json!({"compression_level": 10}), "effort_refused"),
     ];
     for (change, code) in refusals {
         let policy = answered_policy(&watched.world, agent.server_id, &change);

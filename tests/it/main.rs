@@ -14,6 +14,7 @@ mod confirm;
 mod containers;
 mod destinations;
 mod doctor;
+mod effort;
 mod exactly_once;
 mod false_green;
 mod faults;

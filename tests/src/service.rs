@@ -13,6 +13,7 @@ pub struct Service {
     head: String,
     source: String,
     point: String,
+    worker: String,
     hooks: Vec<Hook>,
 }
 
@@ -30,7 +31,8 @@ impl Service {
     }
 
     fn new(name: &str, source: String) -> Self {
-        Self { name: name.to_owned(), head: String::new(), source, point: String::new(), hooks: Vec::new() }
+        let (head, point, worker) = (String::new(), String::new(), String::new());
+        Self { name: name.to_owned(), head, source, point, worker, hooks: Vec::new() }
     }
 
     /// Stores it elsewhere than in the default destination.
@@ -67,6 +69,13 @@ impl Service {
         self.point_line(&format!("{key} = {}", list(argv)))
     }
 
+    /// Adds a line to what its backups may cost, such as `nice = 19`.
+    #[must_use]
+    pub fn worker_line(mut self, line: &str) -> Self {
+        let _ = writeln!(self.worker, "{line}");
+        self
+    }
+
     /// Adds a hook; pre hooks run in this order, post hooks in reverse.
     #[must_use]
     pub fn hook(mut self, hook: Hook) -> Self {
@@ -83,6 +92,9 @@ impl Service {
         let _ = write!(text, "[service.source]\n{}", self.source);
         if !self.point.is_empty() {
             let _ = write!(text, "[service.point]\n{}", self.point);
+        }
+        if !self.worker.is_empty() {
+            let _ = write!(text, "[service.worker]\n{}", self.worker);
         }
         for hook in &self.hooks {
             text.push_str(&hook.toml());

@@ -53,6 +53,8 @@ struct Inner {
     folder: PathBuf,
     config: PathBuf,
     hierarchy: Hierarchy,
+    /// What a run may divide, as `Delegate=` of its unit names it.
+    handed_on: &'static [&'static str],
     ended: AtomicBool,
     instances: Mutex<Vec<(Unit, Arc<Cgroup>)>>,
 }
@@ -61,12 +63,23 @@ impl Units {
     /// Listens below `folder`, for the agent of these settings. `None`: this machine does not have that
     /// hierarchy.
     pub fn start(folder: &Path, config: &Path, hierarchy: Hierarchy) -> Option<Self> {
+        Self::start_handing_on(folder, config, hierarchy, &[])
+    }
+
+    /// The same, where each run is handed these controllers to divide; with none of them, no run is.
+    pub fn start_handing_on(
+        folder: &Path,
+        config: &Path,
+        hierarchy: Hierarchy,
+        handed_on: &'static [&'static str],
+    ) -> Option<Self> {
         drop(Cgroup::new(hierarchy, "probe")?);
         std::fs::create_dir_all(folder).expect("a folder");
         let inner = Arc::new(Inner {
             folder: folder.to_owned(),
             config: config.to_owned(),
             hierarchy,
+            handed_on,
             ended: AtomicBool::new(false),
             instances: Mutex::default(),
         });
@@ -133,7 +146,9 @@ impl Inner {
 
     /// One instance, from its start to its `ExecStopPost`.
     fn run(&self, unit: Unit, connection: UnixStream) {
-        let group = Arc::new(Cgroup::new(self.hierarchy, unit.name()).expect("a group"));
+        let group = Cgroup::new(self.hierarchy, unit.name()).expect("a group");
+        let is_handed_on = unit == Unit::Run && !self.handed_on.is_empty();
+        let group = Arc::new(if is_handed_on { group.handed_on(self.handed_on) } else { group });
         let base = group.command(&bin("hestner-agent")).arg("--config").arg(&self.config);
         let command = match unit {
             Unit::Run => base.arg("runner").arg("--guard-socket").arg(self.socket(Unit::Guard)),

@@ -32,6 +32,7 @@ use crate::guard::process::ThawStart;
 use crate::platform::chain;
 use crate::platform::clock::SystemClock;
 use crate::platform::process;
+use crate::run::fence::Fence;
 use crate::run::messages::Failure;
 use crate::run::runner::Askers;
 use crate::run::worker::StreamEnds;
@@ -389,13 +390,15 @@ fn run_runner(config: &std::path::Path, guard_socket: Option<PathBuf>) -> Result
         privileges::lay_down_what_is_not_needed(host)
             .map_err(|reason| Complaint::mend("runner_broken", reason, "look at the capabilities of its unit"))?;
     }
+    // Before there is a child: each would stay in the group that is divided here.
+    let fence = if guard_socket.is_some() { Fence::of_the_unit() } else { Fence::default() };
     let told = runner::Told {
-        host: host.map(|h| h.started_with(config, guard_socket)),
+        host: host.map(|h| h.started_with(config, guard_socket).fenced(fence.clone())),
         askers: match &settings {
             Ok(settings) => settings.daemon_user().map_or(Askers::NobodyElse, Askers::Daemon),
             Err(_) => Askers::Anybody,
         },
-        description: daemon::describe(&settings),
+        description: daemon::describe(&settings, &fence),
         clock: Arc::new(SystemClock),
     };
     let broken = |e: std::io::Error| Complaint::broken("runner_broken", &e, "it is started by the daemon, not by hand");

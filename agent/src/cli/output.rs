@@ -1,14 +1,19 @@
 //! How things look to people.
 
 use std::io::{IsTerminal as _, Write as _};
+use std::time::Duration;
 
 use chrono::DateTime;
 use hestner_proto::words::RunStatus;
 use serde::Serialize;
+use tokio::time::Instant;
 
 use super::Complaint;
 use crate::report::RunRecord;
 use crate::status::WaitingRun;
+
+/// Pause between two lines of progress where nothing can be replaced.
+const LINE_PAUSE: Duration = Duration::from_secs(5);
 
 /// An error, what to do, and its code.
 pub(super) fn complain(Complaint { message, next_step, code, .. }: &Complaint) {
@@ -87,32 +92,80 @@ pub(super) fn runs(runs: &[RunRecord]) {
     }
 }
 
-/// A line that replaces itself on a terminal, and is left out elsewhere.
+/// How far a run is.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Far {
+    pub(super) phase: String,
+    /// Done and whole; a whole of 0 is unknown.
+    pub(super) bytes: (u64, u64),
+    pub(super) files: (u64, u64),
+    pub(super) seconds_remaining: u32,
+    pub(super) bytes_per_second: u64,
+}
+
+impl Far {
+    fn line(&self) -> String {
+        let Self { phase, bytes: (done, total), files: (files, files_total), .. } = self;
+        let mut text = format!("{phase:<10}");
+        if *total > 0 {
+            let percent = u128::from(*done) * 100 / u128::from(*total);
+            text += &format!(" {percent:>3} %  {} of {}", bytes(*done), bytes(*total));
+        } else if *done > 0 {
+            text += &format!(" {}", bytes(*done));
+        }
+        // What is read back is objects and not files.
+        let things = if phase == "verify" { "objects" } else { "files" };
+        match (files, files_total) {
+            (0, 0) => {}
+            (files, 0) => text += &format!(", {files} {things}"),
+            (files, total) => text += &format!(", {files} of {total} {things}"),
+        }
+        if self.bytes_per_second > 0 {
+            text += &format!(", {}/s", bytes(self.bytes_per_second));
+        }
+        if self.seconds_remaining > 0 {
+            text += &format!(", {} left", duration(self.seconds_remaining));
+        }
+        text.trim_end().to_owned()
+    }
+}
+
+fn duration(seconds: u32) -> String {
+    let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    match (hours, minutes) {
+        (0, 0) => format!("{seconds} s"),
+        (0, minutes) => format!("{minutes}:{seconds:02} min"),
+        (hours, minutes) => format!("{hours}:{minutes:02} h"),
+    }
+}
+
+/// A line that replaces itself on a terminal; elsewhere one now and then, and one for each new phase.
 pub(super) struct ProgressLine {
+    is_wanted: bool,
     shown: bool,
+    said: Option<(String, Instant)>,
 }
 
 impl ProgressLine {
-    pub(super) fn new() -> Self {
-        Self { shown: false }
+    /// `is_wanted`: whether anything is said of progress at all.
+    pub(super) fn new(is_wanted: bool) -> Self {
+        Self { is_wanted, shown: false, said: None }
     }
 
-    pub(super) fn show(&mut self, phase: &str, bytes_done: (u64, u64), files: (u64, u64), seconds_remaining: u32) {
-        let percent = (bytes_done.0 * 100).checked_div(bytes_done.1).map(|p| format!("{p:>3} %  ")).unwrap_or_default();
-        let left = if seconds_remaining > 0 { format!(", {seconds_remaining} s left") } else { String::new() };
-        let text = format!(
-            "{phase:<10} {percent}{} of {}, {} of {} files{left}",
-            bytes(bytes_done.0),
-            bytes(bytes_done.1),
-            files.0,
-            files.1
-        );
-        let text = harmless(if bytes_done.1 == 0 { phase } else { &text });
+    pub(super) fn show(&mut self, far: &Far) {
+        if !self.is_wanted {
+            return;
+        }
+        let text = harmless(&far.line());
         if std::io::stderr().is_terminal() {
             eprint!("\r\x1b[K{text}");
             self.shown = true;
-        } else {
+            return;
+        }
+        let is_due = |(phase, at): &(String, Instant)| *phase != far.phase || at.elapsed() >= LINE_PAUSE;
+        if self.said.as_ref().is_none_or(is_due) {
             eprintln!("{text}");
+            self.said = Some((far.phase.clone(), Instant::now()));
         }
     }
 
@@ -161,6 +214,17 @@ mod tests {
     #[test]
     fn sizes_are_readable() {
         assert_eq!([bytes(0), bytes(999), bytes(1_500), bytes(2_000_000_000)], ["0 B", "999 B", "1.5 kB", "2.0 GB"]);
+    }
+
+    #[test]
+    fn progress_says_what_is_known_and_no_more() {
+        let far = Far { phase: "archive".to_owned(), ..Far::default() };
+        assert_eq!(far.line(), "archive");
+        let far = Far { bytes: (1_500, 0), files: (3, 0), bytes_per_second: 700, ..far };
+        assert_eq!(far.line(), "archive    1.5 kB, 3 files, 700 B/s");
+        let far = Far { bytes: (1_500, 6_000), files: (3, 9), seconds_remaining: 90, ..far };
+        assert_eq!(far.line(), "archive     25 %  1.5 kB of 6.0 kB, 3 of 9 files, 700 B/s, 1:30 min left");
+        assert_eq!([duration(59), duration(3_600), duration(7_265)], ["59 s", "1:00 h", "2:01 h"]);
     }
 
     #[test]

@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     fn at(bytes_done: u64, bytes_total: u64, files_done: u64, files_total: u64, seconds: u64) -> String {
-        let progress = Progress { bytes_done, bytes_total, files_done, files_total, seconds_remaining: 0 };
+        let progress = Progress { bytes_done, bytes_total, files_done, files_total, ..Progress::default() };
         text("restoring", progress, Duration::from_secs(seconds))
     }
 

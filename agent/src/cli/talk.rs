@@ -3,7 +3,7 @@
 use hestner_proto::words::RunStatus;
 use serde_json::json;
 
-use super::output::{self, ProgressLine};
+use super::output::{self, Far, ProgressLine};
 use super::{Complaint, EXIT_FAILED};
 use crate::control::{self, Answer, ControlError, Conversation, Request};
 use crate::daemon::settings::Settings;
@@ -73,6 +73,9 @@ fn print_status(status: &Status) {
     output::line(&format!("  runs         {} going on{waiting}", status.runs_active));
     let separation = if status.separated { "on" } else { "off: daemon and runner run as the same user" };
     output::line(&format!("  separation   {separation}"));
+    if !status.worker_limits_off.is_empty() {
+        output::line(&format!("  limits       off: {}", status.worker_limits_off));
+    }
     for service in &status.services {
         let cron = if service.cron.is_empty() { "no schedule" } else { &service.cron };
         let reach = if service.consistency.is_empty() { "its source cannot be reached" } else { &service.consistency };
@@ -128,15 +131,15 @@ pub(super) async fn snapshot(
         // One that needs nobody does not wait, and says so.
         let mut waits = ask(settings, Request::Wait { run_uid }).await?;
         if let Ok(Answer::Waiting(runs)) = next(&mut waits).await {
-            ProgressLine::new().wait(&runs);
+            ProgressLine::new(false).wait(&runs);
         }
         return Ok(());
     }
-    let mut progress = ProgressLine::new();
+    let mut progress = ProgressLine::new(!as_json);
     let record = loop {
         match next(&mut conversation).await {
-            Ok(Answer::Progress { phase, bytes, files, seconds_remaining }) => {
-                progress.show(&phase, bytes, files, seconds_remaining)
+            Ok(Answer::Progress { phase, bytes, files, seconds_remaining, bytes_per_second }) => {
+                progress.show(&Far { phase, bytes, files, seconds_remaining, bytes_per_second })
             }
             Ok(Answer::Waiting(runs)) => progress.wait(&runs),
             Ok(Answer::Ended(record)) => break record,

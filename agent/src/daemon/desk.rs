@@ -137,6 +137,7 @@ impl Desk {
                     bytes: (p.bytes_done, p.bytes_total),
                     files: (p.files_done, p.files_total),
                     seconds_remaining: p.seconds_remaining,
+                    bytes_per_second: p.bytes_per_second,
                 },
                 Heard::Waits(run) => Answer::Waiting(vec![run]),
                 Heard::Ended(record) => Answer::Ended(record),
@@ -165,6 +166,7 @@ impl Desk {
         // The runner may name the same problem of the settings.
         status.problems.extend(problem.into_iter().chain(description.problems.iter().cloned()));
         status.problems.dedup();
+        status.worker_limits_off.clone_from(&description.worker_limits_off);
         if let Err(failure) = read_grants(&settings.grants) {
             status.problems.push(failure.message);
         }

@@ -17,6 +17,7 @@ use crate::inventory::{self, Known};
 use crate::platform::chain;
 use crate::policy::ServiceSettings;
 use crate::repository::{Location, Mode};
+use crate::run::fence::Fence;
 use crate::run::launcher::{Launch, Runner};
 use crate::run::messages::{Event, Failure, Request};
 use crate::run::plan::read_grants;
@@ -103,7 +104,7 @@ pub(super) fn reach_of(description: &Description, service: &str) -> String {
 }
 
 /// What the daemon may know of this host: looked up by a runner, who can see it.
-pub async fn describe(settings: &Result<Settings, Failure>) -> Description {
+pub async fn describe(settings: &Result<Settings, Failure>, fence: &Fence) -> Description {
     let settings = match settings {
         Ok(settings) => settings,
         Err(failure) => return Description { problems: vec![failure.message.clone()], ..Description::default() },
@@ -120,6 +121,9 @@ pub async fn describe(settings: &Result<Settings, Failure>) -> Description {
     if let Ok(server) = Server::read(&settings.state_dir) {
         description.repositories = repositories(settings, server.server_id);
     }
+    let efforts = settings.services.iter().map(|service| settings.worker.effort_for(&service.worker, None));
+    let off = std::iter::once(settings.worker.effort()).chain(efforts).find_map(|effort| fence.off(&effort));
+    description.worker_limits_off = off.unwrap_or_default();
     description.containers = inventory::containers(&settings.inventory).await;
     description
 }
@@ -127,8 +131,8 @@ pub async fn describe(settings: &Result<Settings, Failure>) -> Description {
 /// Repositories that exist.
 fn repositories(settings: &Settings, server_id: i64) -> Vec<RepositoryStatus> {
     let all = settings.destinations.iter().flat_map(|d| [Mode::Encrypted, Mode::Open].map(|mode| (d, mode)));
-    let located =
-        all.map(|(d, mode)| (mode, Location::new(d, mode, server_id, &settings.state_dir, &settings.repository)));
+    let (state_dir, repository, storage) = (&settings.state_dir, &settings.repository, &settings.storage);
+    let located = all.map(|(d, mode)| (mode, Location::new(d, mode, server_id, state_dir, repository, storage)));
     let existing = located.filter(|(_, location)| location.is_known());
     let status = |(mode, location): (Mode, Location)| RepositoryStatus {
         path: location.place(),

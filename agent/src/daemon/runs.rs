@@ -332,6 +332,7 @@ impl Runs {
                     files_done: progress.files_done,
                     files_total: progress.files_total,
                     seconds_remaining: progress.seconds_remaining,
+                    bytes_per_second: progress.bytes_per_second,
                 }),
                 Event::Finished(end) => finished = Some(*end),
                 _ => {}

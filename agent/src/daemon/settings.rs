@@ -15,7 +15,10 @@ use toml_example::TomlExample;
 use crate::guard::client::Start;
 use crate::identity::{IdentityError, Server};
 use crate::platform::trust::{self, Distrust};
-use crate::policy::{DAEMON_FOLDER, DestinationSettings, Floor, ServiceSettings, check_name};
+use crate::policy::{
+    COMPRESSION_LEVEL_MAX, DAEMON_FOLDER, DestinationSettings, Floor, ServiceSettings, WorkerSettings, check_name,
+};
+use crate::run::fence::Fence;
 use crate::run::messages::Failure;
 use crate::run::plan::Host;
 // Under names of their own: the generator of the commented file knows a type by its last name only.
@@ -24,6 +27,7 @@ use crate::heartbeat::Settings as HeartbeatSettings;
 use crate::inventory::Settings as InventorySettings;
 use crate::repository::Settings as RepositorySettings;
 use crate::session::Settings as SessionSettings;
+use crate::storage::Limits as StorageLimits;
 
 /// Where the settings lie if nobody says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/hestner/agent.toml";
@@ -51,6 +55,10 @@ pub struct Settings {
     pub freeze: FreezeSettings,
     #[toml_example(nesting)]
     pub floor: Floor,
+    #[toml_example(nesting)]
+    pub worker: WorkerSettings,
+    #[toml_example(nesting)]
+    pub storage: StorageLimits,
     #[toml_example(nesting)]
     pub limits: Limits,
     #[toml_example(nesting)]
@@ -137,6 +145,8 @@ impl Default for Settings {
             repository: RepositorySettings::default(),
             freeze: FreezeSettings::default(),
             floor: Floor::default(),
+            worker: WorkerSettings::default(),
+            storage: StorageLimits::default(),
             limits: Limits::default(),
             inventory: InventorySettings::default(),
             heartbeat: HeartbeatSettings::default(),
@@ -278,6 +288,11 @@ impl Settings {
                 found.push(format!("`receiver.{key}` must read host:port, not `{address}`"));
             }
         }
+        found.extend(self.worker.mistakes().into_iter().map(|reason| format!("[worker]: {reason}")));
+        found.extend(self.storage.mistakes().into_iter().map(|reason| format!("[storage]: {reason}")));
+        if !(1..=COMPRESSION_LEVEL_MAX).contains(&self.floor.compression_level_max) {
+            found.push(format!("`floor.compression_level_max` must be 1 to {COMPRESSION_LEVEL_MAX}"));
+        }
         if self.limits.concurrent_runs == 0 {
             found.push("`limits.concurrent_runs` must be at least 1".to_owned());
         }
@@ -345,6 +360,9 @@ impl Settings {
             services: self.services.clone(),
             destinations: self.destinations.clone(),
             floor: self.floor.clone(),
+            worker: self.worker.clone(),
+            storage: self.storage.clone(),
+            fence: Fence::default(),
             freeze: self.freeze.clone(),
             repository: self.repository.clone(),
             run_time_max: self.limits.run_time_max,
@@ -419,15 +437,20 @@ mod tests {
     #[test]
     fn every_mistake_is_named_at_once() {
         let error = parse(
-            "state_dir = \"relative\"\n[limits]\nconcurrent_runs = 0\n[[destination]]\nname = \"a b\"\nkind = \"folder\"\npath = \"x\"\n\
+            "state_dir = \"relative\"\n[worker]\nnice = 20\nmemory_max = 1000\n[storage]\ntries_max = 0\n[floor]\ncompression_level_max = 0\n[limits]\nconcurrent_runs = 0\n[[destination]]\nname = \"a b\"\nkind = \"folder\"\npath = \"x\"\n\
              [[service]]\nname = \"s\"\ndestination = \"nowhere\"\nsource = { kind = \"files\" }\n\
              [[service]]\nname = \"t\"\ndestination = \"a b\"\nsource = { kind = \"command\", argv = [\"dump\"], file_name = \"a/b\", paths = [\"/x\"] }\n\
-             hook = [{ name = \"h\", timeout = \"0s\" }]\n",
+             hook = [{ name = \"h\", timeout = \"0s\" }]\nworker = { compression_level = 20 }\n",
         )
         .unwrap_err()
         .to_string();
         for part in [
             "`state_dir` must be an absolute path",
+            "[worker]: `nice` must be 0 to 19, not 20",
+            "[worker]: `memory_max` must be 0 or at least 16 MiB, not 1 kB",
+            "[storage]: `tries_max`",
+            "`floor.compression_level_max` must be 1 to 19",
+            "service `t`: worker: `compression_level` must be 1 to 19, not 20",
             "concurrent_runs",
             "destination `a b`: a name has",
             "`path` must be absolute",

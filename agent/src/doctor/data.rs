@@ -48,7 +48,8 @@ pub(super) async fn checks(host: &Host) -> Vec<Check> {
 
 /// Asks a destination behind a network whether this server's repository is there.
 async fn remote(settings: &DestinationSettings, host: &Host) -> Check {
-    let mut location = Location::new(settings, Mode::Encrypted, host.server_id, &host.state_dir, &host.repository);
+    let mut location =
+        Location::new(settings, Mode::Encrypted, host.server_id, &host.state_dir, &host.repository, &host.storage);
     location.limits = Limits { tries_max: 1, stall_max: Duration::from_secs(REMOTE_SECONDS), ..location.limits };
     let place = location.place();
     let check = |message: String| Check::ok("destination", &settings.name, message);

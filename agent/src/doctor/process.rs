@@ -36,6 +36,7 @@ pub(super) async fn checks(subject: &Subject, status: &Result<Status, String>) -
     let mut found = vec![daemon(subject, status)];
     if let Ok(status) = status {
         found.extend(separation(status).await);
+        found.push(limits(status));
         found.extend(waiting(status));
     }
     found.extend(left(subject));
@@ -85,6 +86,16 @@ async fn separation(status: &Status) -> Vec<Check> {
         found.push(Check::ok("separation", "", "on: daemon, runs, guard and thaw are units of their own"));
     }
     found
+}
+
+/// Whether the kernel keeps what `[worker]` says.
+fn limits(status: &Status) -> Check {
+    if status.worker_limits_off.is_empty() {
+        return Check::ok("limits", "", "the bounds of [worker] are kept");
+    }
+    let next_step = "start the agent by its units on a host with the control group's controllers, and see that \
+        `hestner-run@.service` hands them on (`systemctl show -p DelegateControllers`); or set the keys to 0";
+    Check::ok("limits", "", &status.worker_limits_off).but(Level::Warning, "worker_limits_off", next_step)
 }
 
 fn waiting(status: &Status) -> Option<Check> {

@@ -6,6 +6,7 @@
 
 pub mod backoff;
 pub mod capabilities;
+pub mod cgroup;
 pub mod clock;
 pub mod command;
 pub mod failpoint;
@@ -15,6 +16,7 @@ pub mod lines;
 pub mod mounts;
 pub mod notify;
 pub mod process;
+pub mod size;
 pub mod trust;
 
 /// An error and everything below it, as one sentence.

@@ -54,6 +54,8 @@ impl std::str::FromStr for Device {
 /// One line of `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
+    /// Which folder of the filesystem is mounted.
+    pub root: PathBuf,
     /// Where it is mounted.
     pub point: PathBuf,
     /// Type of the filesystem, such as `btrfs`.
@@ -84,7 +86,7 @@ impl Mounts {
             .map_err(files::failed("read", Path::new(MOUNTINFO)))
     }
 
-    fn parse(text: &str) -> Self {
+    pub(super) fn parse(text: &str) -> Self {
         Self { all: text.lines().filter_map(parse_mount).collect(), block_devices: BLOCK_DEVICES.into() }
     }
 
@@ -154,7 +156,8 @@ fn parse_mount(line: &str) -> Option<Mount> {
     let (mut before, mut after) = (before.split(' '), after.split(' '));
     Some(Mount {
         device: before.nth(2)?.parse().ok()?,
-        point: PathBuf::from(unescape(before.nth(1)?)),
+        root: PathBuf::from(unescape(before.next()?)),
+        point: PathBuf::from(unescape(before.next()?)),
         kind: after.next()?.to_owned(),
         source: unescape(after.next().unwrap_or_default()),
         options: after.next().unwrap_or_default().to_owned(),

@@ -1,10 +1,10 @@
 //! What a child process is born with, and how a whole tree of them is ended.
 //!
-//! The one module with `unsafe` code: `pre_exec` runs between fork and exec, where only
+//! One of two modules with `unsafe` code: `pre_exec` runs between fork and exec, where only
 //! async-signal-safe calls are allowed (signal-safety(7)); every closure here makes plain system calls and
-//! neither allocates nor locks.
+//! neither allocates nor locks. And what a process may set for itself, such as who goes first at the disk.
 
-#![expect(unsafe_code, reason = "pre_exec and descriptors by number have no safe interface")]
+#![expect(unsafe_code, reason = "pre_exec, descriptors by number and ioprio_set have no safe interface")]
 
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
@@ -141,6 +141,48 @@ pub fn adopt(raw: RawFd) -> std::io::Result<OwnedFd> {
     fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     // SAFETY: it is open, the parent gave it to this process alone, and it is taken over once, at start.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
+/// Who goes first at a disk (ioprio_set(2)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IoPriority {
+    /// By level: 0 (first) to 7 (last).
+    BestEffort(u8),
+    /// When nobody else wants the disk.
+    Idle,
+}
+
+impl IoPriority {
+    /// The class in the top three of 16 bits, the level in the others (`linux/ioprio.h`).
+    fn number(self) -> nix::libc::c_int {
+        match self {
+            Self::BestEffort(level) => 2 << 13 | nix::libc::c_int::from(level.min(7)),
+            Self::Idle => 3 << 13,
+        }
+    }
+}
+
+/// Puts this thread, and those that it starts from here on, behind others at the disk.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn set_io_priority(priority: IoPriority) -> Result<(), Errno> {
+    /// `IOPRIO_WHO_PROCESS`; with 0 it means the thread that calls.
+    const WHO_PROCESS: nix::libc::c_int = 1;
+    // SAFETY: ioprio_set(2) takes three numbers and touches no memory; no crate here has a safe interface to it.
+    let done = unsafe { nix::libc::syscall(nix::libc::SYS_ioprio_set, WHO_PROCESS, 0, priority.number()) };
+    Errno::result(done).map(drop)
+}
+
+/// Puts this thread, and those that it starts from here on, behind others at the CPU: 0 to 19. One that is further
+/// behind already stays there, because going forward again is not everybody's right.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn give_way(nice: i32) -> Result<(), Errno> {
+    let failed = |error: rustix::io::Errno| Errno::from_raw(error.raw_os_error());
+    let now = rustix::process::getpriority_process(None).map_err(failed)?;
+    if nice <= now { Ok(()) } else { rustix::process::setpriority_process(None, nice).map_err(failed) }
 }
 
 /// Makes orphans of this process's descendants its own children instead of init's.

@@ -31,6 +31,7 @@ pub mod lock;
 pub mod open;
 mod own;
 pub mod place;
+pub mod progress;
 mod prune;
 pub mod restore;
 pub mod retention;
@@ -51,7 +52,7 @@ use toml_example::TomlExample;
 
 use crate::escrow::RepositoryKey;
 use crate::platform::files;
-use crate::policy::DestinationSettings;
+use crate::policy::{DestinationSettings, How};
 use crate::storage::Limits;
 
 pub use errors::{EntryErrors, RepositoryError};
@@ -131,6 +132,7 @@ impl Location {
         server_id: i64,
         state_dir: &Path,
         settings: &Settings,
+        limits: &Limits,
     ) -> Self {
         let cache = match settings.cache_dir.as_os_str().is_empty() {
             true => state_dir.join("cache"),
@@ -141,7 +143,7 @@ impl Location {
             mode,
             server_id,
             keys: state_dir.join("keys"),
-            limits: Limits::default(),
+            limits: limits.clone(),
             restic: settings.restic.clone(),
             cache,
             lock_wait_seconds: settings.lock_wait.as_secs(),
@@ -182,6 +184,9 @@ pub struct Job {
     pub service: String,
     /// The data.
     pub input: Input,
+    /// How it is read and written.
+    #[serde(default)]
+    pub how: How,
 }
 
 /// The data of a [`Job`].
@@ -247,6 +252,9 @@ pub struct Progress {
     pub files_total: u64,
     /// 0 while unknown.
     pub seconds_remaining: u32,
+    /// Smoothed; 0 while unknown.
+    #[serde(default)]
+    pub bytes_per_second: u64,
 }
 
 /// A repository at its place.

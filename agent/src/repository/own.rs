@@ -4,10 +4,11 @@
 //! here runs on a thread that is started for it. It must be a new one: threads see the
 //! mounts that their starter saw, and a worker changes what it sees before it stores.
 
+use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use hestner_proto::words::Phase;
@@ -18,9 +19,10 @@ use zeroize::Zeroizing;
 
 use super::lock::{HeldLock, Sharing};
 use super::open::{Archive, ArchiveError, Who};
+use super::progress::Watch;
 use super::restore::{self, Reader};
 use super::verify::{self, Extent, VerifyError};
-use super::write::{Cancel, Counters, Files, Options, Patterns, Source};
+use super::write::{Cancel, Counters, Files, Options, Parent, Patterns, Source};
 use super::{Input, Job, Location, Progress, RepositoryError, Snapshot, Stored, keys, place, snapshots};
 use crate::escrow::EscrowedKey;
 use crate::format::Id;
@@ -231,6 +233,7 @@ pub(super) async fn store(
             }
         })
     };
+    let (mut watch, begun) = (Watch::new(Arc::clone(&counters), files(job)), Instant::now());
     tokio::pin!(storing, cancelled);
     let stored = loop {
         tokio::select! {
@@ -243,8 +246,8 @@ pub(super) async fn store(
                 return Err(RepositoryError::Cancelled);
             }
             () = tokio::time::sleep(LOOK_PAUSE) => {
-                let (phase, progress) = progress(&counters);
-                on_progress(phase, progress);
+                let phase = if counters.is_at_the_gate() { Phase::Verify } else { Phase::Archive };
+                on_progress(phase, watch.look(begun.elapsed()));
             }
         }
     };
@@ -259,7 +262,26 @@ pub(super) async fn store(
 
 fn options(job: &Job) -> Options {
     let tags = vec![snapshots::run_tag(&job.run_uid), snapshots::service_tag(&job.service)];
-    Options { tags, ..Options::new(Who::this_process()) }
+    let base = Options::new(Who::this_process());
+    Options {
+        tags,
+        parent: if job.how.force_read { Parent::ForceRead } else { Parent::default() },
+        level: job.how.compression_level,
+        workers: NonZeroUsize::new(job.how.threads).unwrap_or(base.workers),
+        ..base
+    }
+}
+
+/// The source, if it is a tree.
+fn files(job: &Job) -> Option<Files> {
+    let Input::Files { paths, exclude, one_file_system, live } = &job.input else { return None };
+    Some(Files {
+        paths: paths.clone(),
+        exclude: exclude.clone(),
+        one_file_system: *one_file_system,
+        skip_caches: job.how.skip_caches,
+        live: *live,
+    })
 }
 
 fn source(
@@ -269,15 +291,9 @@ fn source(
     cancel: &Cancel,
 ) -> Result<Source<'static>, RepositoryError> {
     match (&job.input, stream) {
-        (Input::Files { paths, exclude, one_file_system, live }, _) => {
+        (Input::Files { paths, exclude, one_file_system, .. }, _) => {
             check_paths(paths, exclude, *one_file_system)?;
-            Ok(Source::Files(Files {
-                paths: paths.clone(),
-                exclude: exclude.clone(),
-                one_file_system: *one_file_system,
-                skip_caches: false,
-                live: *live,
-            }))
+            Ok(Source::Files(files(job).unwrap_or_default()))
         }
         (Input::Stream { file_name }, Some(stream)) => Ok(Source::Stream {
             name: file_name.clone(),
@@ -312,14 +328,6 @@ fn check_paths(paths: &[PathBuf], exclude: &[String], one_file_system: bool) -> 
             above.display()
         ))),
     }
-}
-
-/// Nobody counts the source beforehand, so that nothing is known of the whole.
-fn progress(counters: &Counters) -> (Phase, Progress) {
-    let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-    let phase = if counters.is_at_the_gate.load(Ordering::Acquire) { Phase::Verify } else { Phase::Archive };
-    let (bytes_done, files_done) = (count(&counters.bytes_done), count(&counters.files_done));
-    (phase, Progress { bytes_done, files_done, ..Progress::default() })
 }
 
 /// Writes a snapshot's tree below `target`; every byte is checked against its name before it is written.

@@ -14,12 +14,16 @@ use tokio::io::BufReader;
 use tokio::process::{Child, ChildStdin, ChildStdout};
 use tokio_util::sync::CancellationToken;
 
+use super::fence::Fence;
 use super::hook::{self, Spec};
-use super::messages::{Failure, Work, WorkerEvent, WorkerOrder, WorkerTask, receive, send};
+use super::messages::{Failure, WorkerEvent, WorkerOrder, WorkerTask, receive, send};
+use crate::platform::cgroup::Group;
+use crate::platform::chain;
 use crate::platform::command::{End, Program, Streams};
 use crate::platform::files::Lock;
+use crate::platform::size::Size;
 use crate::policy::ServiceSettings;
-use crate::repository::{Location, Progress};
+use crate::repository::Progress;
 
 /// How long a worker that was asked to stop may take: it has to kill the archiver and remove what that
 /// committed.
@@ -38,6 +42,9 @@ pub(super) struct Worker {
     child: Child,
     orders: Option<ChildStdin>,
     events: BufReader<ChildStdout>,
+    /// Where its bounds are kept, if they are.
+    group: Option<Group>,
+    memory_bytes_max: u64,
 }
 
 /// A stream's pipe, and the program that writes into it.
@@ -70,9 +77,10 @@ impl<'a> Producer<'a> {
 }
 
 impl Worker {
+    /// Starts one inside its bounds. It hears of its task only when it is there: it has done nothing before.
     pub(super) async fn start(
-        location: Location,
-        work: Work,
+        fence: &Fence,
+        task: WorkerTask,
         alive: &Lock,
         producer: Option<&Producer<'_>>,
     ) -> Result<Self, Failure> {
@@ -93,10 +101,14 @@ impl Worker {
         let (Some(mut orders), Some(events)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(Failure::new(ErrorClass::WorkerKilled, "the worker has no standard streams"));
         };
-        send(&mut orders, &WorkerTask { location, work })
-            .await
-            .map_err(|e| Failure::of(ErrorClass::WorkerKilled, &e))?;
-        Ok(Self { child, orders: Some(orders), events: BufReader::new(events) })
+        let group = fence.group(&task.effort).zip(child.id()).and_then(|(group, pid)| {
+            let taken_in = group.take_in(pid);
+            taken_in.inspect_err(|error| tracing::warn!(event = "worker_limits_off", reason = chain(error))).ok()?;
+            Some(group)
+        });
+        send(&mut orders, &task).await.map_err(|e| Failure::of(ErrorClass::WorkerKilled, &e))?;
+        let memory_bytes_max = task.effort.memory_bytes_max;
+        Ok(Self { child, orders: Some(orders), events: BufReader::new(events), group, memory_bytes_max })
     }
 
     /// Listens to its end. What is returned is its last word, or that it had none.
@@ -109,7 +121,7 @@ impl Worker {
         let stop_producer = stop.child_token();
         let mut last = None;
         let mut producer_failure = None;
-        let Self { child, orders, events } = &mut self;
+        let Self { child, orders, events, .. } = &mut self;
         let guards = producer.iter().flat_map(|producer| producer.spare.iter().copied());
         let spare: Vec<Pid> = guards.chain(child.id().map(|pid| Pid::from_raw(pid.cast_signed()))).collect();
         {
@@ -140,12 +152,31 @@ impl Worker {
         // Whoever still lives is killed; a worker takes the archiver with it.
         drop(orders.take());
         let _ = child.kill().await;
-        match (producer_failure, last) {
+        let ended = match (producer_failure, last) {
             (Some(failure), _) => Err(failure),
             (None, Some(WorkerEvent::Failed(failure))) => Err(failure),
             (None, Some(end)) => Ok(end),
             (None, None) => Err(Failure::new(ErrorClass::WorkerKilled, "the worker ended without a result")),
+        };
+        ended.map_err(|failure| self.explained(failure))
+    }
+
+    /// Whoever was killed does not say why; the control group knows.
+    fn explained(&self, failure: Failure) -> Failure {
+        let who = match failure.class {
+            ErrorClass::WorkerKilled => "the worker",
+            ErrorClass::ArchiverKilled => "the archiver",
+            _ => return failure,
+        };
+        if self.group.as_ref().is_none_or(|group| group.killed_for_memory() == 0) {
+            return failure;
         }
+        let most = Size::of_bytes(self.memory_bytes_max);
+        let message = format!(
+            "{who} was out of memory and was killed: it needed more than the {most} that it may have; raise `memory_max` \
+             under [worker] in agent.toml"
+        );
+        Failure { message, ..failure }
     }
 }
 

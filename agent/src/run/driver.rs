@@ -16,7 +16,7 @@ use super::hook::Waiting;
 use super::ledger::{HookNote, RunFolder};
 use super::log::{Tail, mask};
 use super::machine::{self, Action, Machine, Span};
-use super::messages::{Event, Failure, Finished, Work, WorkerEvent};
+use super::messages::{Event, Failure, Finished, Work, WorkerEvent, WorkerTask};
 use super::plan::{Host, Plan, point_failure};
 use super::thaw;
 use crate::escrow::RepositoryKey;
@@ -163,7 +163,8 @@ impl<'a> Driver<'a> {
         }
         if self.failure.is_some() && self.stored.take().is_some() {
             // It failed after the archive, with nobody left to remove what that stored.
-            self.settled &= super::settle::forget(&self.plan.location, &self.record.run_uid, self.alive).await;
+            self.settled &=
+                super::settle::forget(self.host, &self.plan.location, &self.record.run_uid, self.alive).await;
         }
         self.leave()
     }
@@ -557,15 +558,17 @@ impl<'a> Driver<'a> {
             run_uid: self.record.run_uid.clone(),
             service: self.record.service.clone(),
             input: plan.input.clone(),
+            how: plan.effort.how.clone(),
         };
         let binds = plan.point.binds().to_vec();
         let keep = self.host.own_folders();
         let work = Work::Store { job, binds, keep, recovery_recipient: self.host.recovery_recipient.clone() };
+        let task = WorkerTask { location: plan.location.clone(), effort: plan.effort.clone(), work };
         if let Some(point) = &self.point {
             // Here, and not with the thaw: a mount or a command takes its time, and no hook waits for it.
             point.open(&self.host.freeze, stop).await.map_err(|e| point_failure(&e))?;
         }
-        let worker = Worker::start(plan.location.clone(), work, self.alive, producer.as_ref()).await?;
+        let worker = Worker::start(&self.host.fence, task, self.alive, producer.as_ref()).await?;
         let (says, key, record) = (&self.says, &mut self.key, &mut self.record);
         // What is held for the archive ends with its window, and the archive with it.
         let stop = &stop.child_token();
@@ -624,7 +627,7 @@ impl<'a> Driver<'a> {
         }
         let mut clean = removed.is_ok();
         if failed && self.archived_anything {
-            clean &= super::settle::forget(&self.plan.location, &self.record.run_uid, self.alive).await;
+            clean &= super::settle::forget(self.host, &self.plan.location, &self.record.run_uid, self.alive).await;
         }
         clean
     }

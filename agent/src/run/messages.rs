@@ -15,6 +15,7 @@ use crate::freeze::Bind;
 use crate::platform::chain;
 use crate::platform::lines;
 pub use crate::platform::lines::send;
+use crate::policy::Effort;
 use crate::report::RunRecord;
 use crate::repository::{Job, Location, Progress, Stored};
 use crate::status::Description;
@@ -89,6 +90,8 @@ pub struct Finished {
 pub struct WorkerTask {
     /// The repository.
     pub location: Location,
+    /// What it may cost.
+    pub effort: Effort,
     /// What to do with it.
     pub work: Work,
 }

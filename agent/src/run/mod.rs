@@ -8,6 +8,7 @@
 //! | [`runner`], `driver` | runner | performs it and keeps the record |
 //! | [`confirmation`] | command line, runner | a person's word for a run that the grants want confirmed |
 //! | [`hook`] | supervisor | runs one command and leaves no process behind |
+//! | [`fence`] | runner | the bounds that the kernel keeps for workers |
 //! | [`worker`], `archive` | worker | everything that touches a repository |
 //! | [`ledger`], [`settle`] | runner | notes of what was made, and recovery by them |
 //! | [`thaw`] | command line, runner | releases what a run left held, without its runner |
@@ -20,6 +21,7 @@
 mod archive;
 pub mod confirmation;
 mod driver;
+pub mod fence;
 pub mod launcher;
 pub mod ledger;
 mod log;

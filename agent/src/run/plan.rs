@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use hestner_proto::words::{Consistency, ErrorClass, GrantValue, Verb};
 
+use super::fence::Fence;
 use super::ledger::{HookNote, Note};
 use super::messages::Failure;
 use crate::freeze::{self, PointError, PointPlan, Protected};
@@ -17,11 +18,13 @@ use crate::platform::files;
 use crate::platform::mounts::Mounts;
 use crate::platform::trust::{self, Distrust};
 use crate::policy::{
-    DestinationSettings, Floor, Grants, Policies, Policy, ServiceSettings, SourceKind, SourceSettings,
+    DestinationSettings, Effort, Floor, Grants, Policies, Policy, ServiceSettings, SourceKind, SourceSettings,
+    WorkerSettings,
 };
 use crate::repository::retention::Rules;
 use crate::repository::{self, Input, Location, Mode, UNREADABLE_NAMES_MAX};
 use crate::source::{self, Paths};
+use crate::storage;
 
 /// A grants file has a line a verb and service.
 const GRANTS_BYTES_MAX: u64 = 1024 * 1024;
@@ -47,6 +50,12 @@ pub struct Host {
     pub destinations: Vec<DestinationSettings>,
     /// What no policy can go below.
     pub floor: Floor,
+    /// What a backup may cost.
+    pub worker: WorkerSettings,
+    /// Bounds of destinations behind a network.
+    pub storage: storage::Limits,
+    /// The bounds that the kernel keeps for workers.
+    pub fence: Fence,
     /// Settings of the point in time.
     pub freeze: freeze::Settings,
     /// Settings of repositories.
@@ -102,6 +111,12 @@ impl Host {
         Self { settings_file: config, guard, ..self }
     }
 
+    /// The same, with a fence for its workers.
+    #[must_use]
+    pub fn fenced(self, fence: Fence) -> Self {
+        Self { fence, ..self }
+    }
+
     /// What would hurt ourselves if its filesystem were frozen: whatever we write while it is, and whatever
     /// we have to start to thaw it.
     fn protected(&self, service: &ServiceSettings) -> Protected {
@@ -139,6 +154,8 @@ pub struct Plan {
     pub paths: Option<Paths>,
     /// What will be reached.
     pub consistency: Consistency,
+    /// What it may cost.
+    pub effort: Effort,
     /// What it was asked for as.
     pub verb: Verb,
     /// What it still needs before it may begin.
@@ -231,6 +248,7 @@ impl Plan {
         let point = point.map_err(|e| point_failure(&e))?;
         let mut plan = Self {
             consistency: point.consistency(settings.quiesces()),
+            effort: host.worker.effort_for(&settings.worker, policy.as_ref().map(|policy| &policy.wishes)),
             point,
             input: Input::Stream { file_name: settings.source.file_name.clone() },
             verb,
@@ -315,6 +333,7 @@ impl Plan {
                 lines.push(format!("archive the output of {} as {file_name}", shown(&self.service.source.argv)))
             }
         }
+        lines.push(format!("with {}", self.effort.line()));
         lines.push(format!("into the repository {}, then read back what was stored", self.location.place()));
         lines.extend(self.point.lines_after_archive());
         lines.append(&mut releases);
@@ -358,7 +377,7 @@ fn location(host: &Host, settings: &ServiceSettings, policy: Option<&Policy>) ->
         return Err(Failure::new(ErrorClass::UnknownDestination, format!("the host defines no destination `{name}`")));
     };
     let mode = if policy.is_some_and(|p| !p.encryption_enabled) { Mode::Open } else { Mode::Encrypted };
-    Ok(Location::new(destination, mode, host.server_id, &host.state_dir, &host.repository))
+    Ok(Location::new(destination, mode, host.server_id, &host.state_dir, &host.repository, &host.storage))
 }
 
 /// Every program that a run of a service starts as this user, and every script that an interpreter is given.

@@ -21,7 +21,7 @@ use super::archive::Worker;
 use super::confirmation::Confirmations;
 use super::driver::{Driver, Left, time_is_over};
 use super::ledger::{Ledger, RunFolder, is_run_id};
-use super::messages::{Event, Failure, Finished, Request, Work, WorkerEvent, receive, send};
+use super::messages::{Event, Failure, Finished, Request, Work, WorkerEvent, WorkerTask, receive, send};
 use super::plan::{Admitted, Host, Plan};
 use super::settle;
 use super::thaw;
@@ -285,6 +285,9 @@ impl Asked {
             let confirmed = Confirmations::of(&host.state_dir).take(run, clock.now_ms())?;
             tracing::info!(event = "run_confirmed", run_id = self.run_uid, by = confirmed.by);
         }
+        if let Some(reason) = host.fence.off(&plan.effort) {
+            tracing::warn!(event = "worker_limits_off", run_id = self.run_uid, reason);
+        }
         let whom = settle::For::Run { run_uid: &self.run_uid, service: &self.service };
         settle::settle_all(host, whom, &**clock).await.map_err(|e| state_failure(&e))?;
         let held_before = self.earlier_one(host)?;
@@ -293,7 +296,7 @@ impl Asked {
         record.warnings.extend(held_before);
         let driver = Driver::new((host, &plan), (folder, alive), SharedClock::clone(clock), says.clone(), record);
         let left = driver.run(asker.reason_to_cancel(host)).await;
-        let left = self.commit(&plan, folder, alive, left).await;
+        let left = self.commit(host, &plan, folder, alive, left).await;
         Ok(self.retain(host, &plan, alive, left).await)
     }
 
@@ -312,7 +315,7 @@ impl Asked {
     }
 
     /// Writes the result, which is the moment a success counts.
-    async fn commit(&self, plan: &Plan, folder: &RunFolder, alive: &Lock, mut left: Left) -> Left {
+    async fn commit(&self, host: &Host, plan: &Plan, folder: &RunFolder, alive: &Lock, mut left: Left) -> Left {
         if let Err(error) = folder.write_result(&left.finished) {
             let failure = state_failure(&error);
             tracing::error!(event = "result_not_written", error = failure.message);
@@ -321,7 +324,7 @@ impl Asked {
                 // A success that is not on disk would be forgotten by recovery: it is none.
                 let now = record.finished_at_ms;
                 record.fail(failure.class, failure.message, now);
-                left.settled &= settle::forget(&plan.location, &self.run_uid, alive).await;
+                left.settled &= settle::forget(host, &plan.location, &self.run_uid, alive).await;
             }
         }
         left
@@ -382,7 +385,8 @@ impl Asked {
             return Ok(Expired { warning: Some(warning), ..Expired::default() });
         }
         let work = Work::Expire { snapshot_ids: gone.iter().map(|c| c.snapshot_id.clone()).collect() };
-        let worker = Worker::start(plan.location.clone(), work, alive, None).await?;
+        let task = WorkerTask { location: plan.location.clone(), effort: plan.effort.clone(), work };
+        let worker = Worker::start(&host.fence, task, alive, None).await?;
         let ended = worker.finish(&CancellationToken::new(), None, |_| {}).await;
         let mut expired = Expired::default();
         match ended {

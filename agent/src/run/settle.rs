@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::archive::Worker;
 use super::ledger::{Ledger, Note, RunFolder};
-use super::messages::{Finished, Work, WorkerEvent};
+use super::messages::{Finished, Work, WorkerEvent, WorkerTask};
 use super::plan::Host;
 use super::thaw;
 use crate::freeze;
@@ -99,7 +99,7 @@ async fn settle(
             clean = false;
         }
         if !is_success {
-            clean &= forget(&note.location, run_uid, alive).await;
+            clean &= forget(host, &note.location, run_uid, alive).await;
         }
     }
     if result.is_none() {
@@ -133,11 +133,12 @@ fn started_at_ms(run_uid: &str) -> Option<i64> {
 }
 
 /// Removes whatever the repository holds of a run. False: it could not be done now.
-pub(super) async fn forget(location: &Location, run_uid: &str, alive: &Lock) -> bool {
+pub(super) async fn forget(host: &Host, location: &Location, run_uid: &str, alive: &Lock) -> bool {
     let work = Work::Forget { run_uid: run_uid.to_owned() };
+    let task = WorkerTask { location: location.clone(), effort: host.worker.effort(), work };
     let stop = CancellationToken::new();
     let removal = async {
-        let worker = Worker::start(location.clone(), work, alive, None).await?;
+        let worker = Worker::start(&host.fence, task, alive, None).await?;
         worker.finish(&stop, None, |_| {}).await
     };
     match tokio::time::timeout(FORGET_TIMEOUT, removal).await {

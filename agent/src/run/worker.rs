@@ -23,6 +23,8 @@ use tokio::time::Instant;
 
 use super::messages::{Failure, Work, WorkerEvent, WorkerOrder, WorkerTask, receive, send};
 use crate::freeze::Bind;
+use crate::platform::process::{self, IoPriority};
+use crate::policy::{Effort, IoClass};
 use crate::repository::{Job, Progress, Repository, RepositoryError};
 
 /// Progress is said at most so often.
@@ -47,6 +49,8 @@ pub async fn run(stream: Option<StreamEnds>) -> io::Result<()> {
     let mut input = BufReader::new(pipe::Receiver::from_owned_fd(io::stdin().as_fd().try_clone_to_owned()?)?);
     let mut output = pipe::Sender::from_owned_fd(io::stdout().as_fd().try_clone_to_owned()?)?;
     let task: WorkerTask = receive(&mut input).await.ok_or(io::ErrorKind::UnexpectedEof)?;
+    // Threads that are started from here on inherit it.
+    give_way(&task.effort);
     let repository = Repository::at(task.location);
     let last = match task.work {
         Work::Store { job, binds, keep, recovery_recipient } => {
@@ -60,6 +64,19 @@ pub async fn run(stream: Option<StreamEnds>) -> io::Result<()> {
         Work::Expire { snapshot_ids } => removed(&repository, repository.expire(&snapshot_ids).await).await,
     };
     send(&mut output, &last).await
+}
+
+/// A backup that goes before others is better than none, so that a kernel or a fence that refuses is only told.
+fn give_way(effort: &Effort) {
+    let at_the_disk = match effort.io_class {
+        IoClass::None => None,
+        IoClass::BestEffort => Some(IoPriority::BestEffort(effort.io_level)),
+        IoClass::Idle => Some(IoPriority::Idle),
+    };
+    let done = process::give_way(effort.nice).and(at_the_disk.map_or(Ok(()), process::set_io_priority));
+    if let Err(error) = done {
+        tracing::warn!(event = "priority_not_set", %error);
+    }
 }
 
 async fn removed(repository: &Repository, result: Result<Option<String>, RepositoryError>) -> WorkerEvent {

@@ -10,6 +10,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
+use toml_example::TomlExample;
+
 use super::StorageError;
 use crate::platform::backoff::{Backoff, random_u64};
 
@@ -17,27 +19,56 @@ use crate::platform::backoff::{Backoff, random_u64};
 pub(super) const PIECE_BYTES: usize = 64 * 1024;
 
 /// Bounds of what a remote place may cost.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize, TomlExample)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
     /// How often a call is tried in all.
+    #[toml_example(default = 8)]
     pub tries_max: u32,
     /// No further try begins so long after the first one began.
     #[serde(with = "humantime_serde")]
+    #[toml_example(default = "15m")]
     pub retry_time_max: Duration,
     /// Below this the delay after the first failure is drawn; it doubles with each further one.
     #[serde(with = "humantime_serde")]
+    #[toml_example(default = "1s")]
     pub delay_base: Duration,
     /// Below this it always stays.
     #[serde(with = "humantime_serde")]
+    #[toml_example(default = "60s")]
     pub delay_max: Duration,
     /// A request that gets no byte further for so long has failed.
     #[serde(with = "humantime_serde")]
+    #[toml_example(default = "60s")]
     pub stall_max: Duration,
     /// Bytes that go out in a second, over all calls; 0: as many as can.
+    #[toml_example(default = 0)]
     pub upload_bytes_per_second: u64,
     /// Calls under way at a time, at least 1; more wait for their turn.
+    #[toml_example(default = 4)]
     pub concurrent_calls: usize,
+}
+
+impl Limits {
+    /// Every mistake, each as one sentence.
+    pub fn mistakes(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        if self.tries_max == 0 {
+            found.push("`tries_max` must be at least 1".to_owned());
+        }
+        if self.concurrent_calls == 0 {
+            found.push("`concurrent_calls` must be at least 1".to_owned());
+        }
+        for (key, time) in [("delay_base", self.delay_base), ("stall_max", self.stall_max)] {
+            if time.is_zero() {
+                found.push(format!("`{key}` must be longer than 0"));
+            }
+        }
+        if self.delay_max < self.delay_base {
+            found.push("`delay_max` must not be shorter than `delay_base`".to_owned());
+        }
+        found
+    }
 }
 
 impl Default for Limits {

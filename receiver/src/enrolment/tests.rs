@@ -201,6 +201,7 @@ async fn a_server_enrolled_anew_gets_its_policies_again() {
         destination: "local".into(),
         encryption_enabled: true,
         misfire: "skip".into(),
+        ..PolicyInput::default()
     };
     let mut tx = world.store.begin().await.expect("begun");
     tx.put_policy(server, &input, "old", NOW_MS).await.expect("put");

@@ -65,6 +65,7 @@ fn policy(cron: &str) -> PolicyInput {
         destination: "local".into(),
         encryption_enabled: true,
         misfire: "skip".into(),
+        ..PolicyInput::default()
     }
 }
 
@@ -192,4 +193,29 @@ async fn a_company_with_a_name_that_is_taken_is_refused() {
     let actor = || crate::model::Actor::Cli("test".into());
     assert!(matches!(world.fleet.add_company(actor(), "acme", &key).await, Err(Error::NameTaken(_))));
     assert!(world.fleet.add_company(actor(), "new", &key).await.is_ok());
+}
+
+#[tokio::test]
+async fn what_a_policy_wants_a_backup_to_cost_reaches_the_host_and_what_it_leaves_open_stays_open() {
+    use hestner_proto::v1::directive::Ask;
+    let world = World::new().await;
+    let wishes = PolicyInput {
+        compression_level: Some(7),
+        priority: Some("idle".into()),
+        force_read: Some(false),
+        ..policy("")
+    };
+    for (input, expected) in
+        [(wishes, (Some(7), Some("idle"), Some(false), None)), (policy(""), (None, None, None, None))]
+    {
+        let put = world.fleet.put_policy(all(), SERVER, input).await.expect("put").input;
+        assert_eq!((put.compression_level, put.priority.as_deref(), put.force_read, put.skip_caches), expected);
+        let mut sent = world.store.open_directives(SERVER, NOW_MS).await.expect("read");
+        assert_eq!(sent.len(), 1, "the newer one takes the older one's place");
+        let Some(Ask::Policy(sent)) = sent.remove(0).ask else { panic!("no policy") };
+        assert_eq!((sent.compression_level, sent.priority.as_deref(), sent.force_read, sent.skip_caches), expected);
+    }
+    let bad = PolicyInput { compression_level: Some(0), priority: Some("now".into()), ..policy("") };
+    let refused = world.fleet.put_policy(all(), SERVER, bad).await;
+    assert!(matches!(refused, Err(Error::Invalid(mistakes)) if mistakes.len() == 2));
 }

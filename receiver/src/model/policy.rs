@@ -5,7 +5,7 @@
 
 use chrono::DateTime;
 use croner::parser::{CronParser, Seconds, Year};
-use hestner_proto::words::Misfire;
+use hestner_proto::words::{Misfire, Priority};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -17,9 +17,11 @@ pub const NAME_BYTES_MAX: usize = 200;
 pub const POLICY_WAITS_MS: i64 = 30 * 24 * 3_600_000;
 const CRON_BYTES_MAX: usize = 200;
 const RETENTION_MAX: u32 = 36_500;
+/// What zstd knows without asking for more memory of whoever reads.
+const COMPRESSION_LEVELS: std::ops::RangeInclusive<i32> = 1..=19;
 
 /// What a caller asks for.
-#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PolicyInput {
     /// The service it is about. Where it is left out, the only one of the server that is set up for snapshots.
@@ -44,6 +46,21 @@ pub struct PolicyInput {
     #[serde(default = "skip")]
     #[schema(default = "skip")]
     pub misfire: String,
+    /// How hard a backup is compressed: 1 to 19, and at most what the host allows. Left out, the host's settings stand.
+    #[serde(default)]
+    #[schema(minimum = 1, maximum = 19)]
+    pub compression_level: Option<i32>,
+    /// `normal`, `low` or `idle`: how far a backup goes behind what else the host does. It can only lower what the
+    /// host's settings say.
+    #[serde(default)]
+    #[schema(example = "low")]
+    pub priority: Option<String>,
+    /// Read every file, also those that look unchanged. Left out, the host's settings stand.
+    #[serde(default)]
+    pub force_read: Option<bool>,
+    /// Leave out what lies in folders with a `CACHEDIR.TAG`. Left out, the host's settings stand.
+    #[serde(default)]
+    pub skip_caches: Option<bool>,
 }
 
 fn utc() -> String {
@@ -139,6 +156,13 @@ pub fn mistakes(input: &PolicyInput) -> Vec<String> {
     if let Err(mistake) = input.misfire.parse::<Misfire>() {
         found.push(format!("misfire: {mistake}"));
     }
+    if let Some(level) = input.compression_level.filter(|level| !COMPRESSION_LEVELS.contains(level)) {
+        let (least, most) = (COMPRESSION_LEVELS.start(), COMPRESSION_LEVELS.end());
+        found.push(format!("compression_level: {least} to {most}, not {level}"));
+    }
+    if let Some(Err(mistake)) = input.priority.as_deref().map(str::parse::<Priority>) {
+        found.push(format!("priority: {mistake}"));
+    }
     found
 }
 
@@ -193,6 +217,7 @@ mod tests {
             destination: "local".into(),
             encryption_enabled: true,
             misfire: "skip".into(),
+            ..PolicyInput::default()
         }
     }
 
@@ -207,9 +232,21 @@ mod tests {
             destination: "a\nb".into(),
             encryption_enabled: true,
             misfire: "twice".into(),
+            compression_level: Some(20),
+            priority: Some("realtime".into()),
+            ..PolicyInput::default()
         };
         let found = mistakes(&bad).join("\n");
-        for field in ["service:", "cron:", "time_zone:", "retention_days", "destination:", "misfire:"] {
+        for field in [
+            "service:",
+            "cron:",
+            "time_zone:",
+            "retention_days",
+            "destination:",
+            "misfire:",
+            "compression_level:",
+            "priority:",
+        ] {
             assert!(found.contains(field), "{field} in\n{found}");
         }
         assert_eq!(mistakes(&input()), Vec::<String>::new());

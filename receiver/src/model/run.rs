@@ -133,6 +133,8 @@ pub struct Progress {
     pub files_total: u64,
     /// Estimate; 0 while unknown.
     pub seconds_remaining: u32,
+    /// Smoothed; 0 while unknown.
+    pub bytes_per_second: u64,
 }
 
 impl From<v1::Progress> for Progress {
@@ -144,6 +146,7 @@ impl From<v1::Progress> for Progress {
             files_done: p.files_done,
             files_total: p.files_total,
             seconds_remaining: p.seconds_remaining,
+            bytes_per_second: p.bytes_per_second,
         }
     }
 }

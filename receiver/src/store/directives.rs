@@ -85,6 +85,10 @@ fn on_wire(row: &SqliteRow) -> v1::Directive {
             destination: row.get("destination"),
             encryption_enabled: row.get::<Option<bool>, _>("encryption_enabled").unwrap_or(true),
             misfire: row.get("misfire"),
+            compression_level: row.get("compression_level"),
+            priority: row.get("priority"),
+            force_read: row.get("force_read"),
+            skip_caches: row.get("skip_caches"),
         }),
     };
     v1::Directive { id: row.get("id"), expires_at_ms: row.get("expires_at_ms"), ask: Some(ask) }
@@ -252,7 +256,7 @@ impl Store {
     pub async fn open_directives(&self, server: ServerId, now_ms: i64) -> Result<Vec<v1::Directive>> {
         let rows = sqlx::query(
             "SELECT d.*, p.id AS policy_id, p.cron, p.time_zone, p.retention_days, p.retention_count, p.destination,
-                 p.encryption_enabled, p.misfire
+                 p.encryption_enabled, p.misfire, p.compression_level, p.priority, p.force_read, p.skip_caches
              FROM directives d LEFT JOIN snapshot_policies p ON p.directive_id = d.id
              WHERE d.server_id = ?1 AND d.answered_at_ms IS NULL AND d.expires_at_ms > ?2
                AND (d.kind = 'run' OR p.id IS NOT NULL)

@@ -26,6 +26,10 @@ fn policy(row: &SqliteRow) -> Policy {
             destination: row.get("destination"),
             encryption_enabled: row.get("encryption_enabled"),
             misfire: row.get("misfire"),
+            compression_level: row.get("compression_level"),
+            priority: row.get("priority"),
+            force_read: row.get("force_read"),
+            skip_caches: row.get("skip_caches"),
         },
         state: match row.get::<&str, _>("state") {
             "applied" => PolicyState::Applied,
@@ -54,13 +58,16 @@ impl Tx {
     ) -> Result<Policy> {
         let row = sqlx::query(
             "INSERT INTO snapshot_policies (server_id, service, cron, time_zone, retention_days, retention_count,
-                 destination, encryption_enabled, misfire, state, directive_id, updated_at_ms)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'pending', ?10, ?11)
+                 destination, encryption_enabled, misfire, state, directive_id, updated_at_ms, compression_level,
+                 priority, force_read, skip_caches)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'pending', ?10, ?11, ?12, ?13, ?14, ?15)
              ON CONFLICT (server_id, service) DO UPDATE SET cron = excluded.cron, time_zone = excluded.time_zone,
                  retention_days = excluded.retention_days, retention_count = excluded.retention_count,
                  destination = excluded.destination, encryption_enabled = excluded.encryption_enabled,
                  misfire = excluded.misfire, state = 'pending', refusal_code = '', refusal_message = '',
-                 directive_id = excluded.directive_id, updated_at_ms = excluded.updated_at_ms
+                 directive_id = excluded.directive_id, updated_at_ms = excluded.updated_at_ms,
+                 compression_level = excluded.compression_level, priority = excluded.priority,
+                 force_read = excluded.force_read, skip_caches = excluded.skip_caches
              RETURNING *",
         )
         .bind(server.0)
@@ -74,6 +81,10 @@ impl Tx {
         .bind(&input.misfire)
         .bind(directive_id)
         .bind(now_ms)
+        .bind(input.compression_level)
+        .bind(&input.priority)
+        .bind(input.force_read)
+        .bind(input.skip_caches)
         .fetch_one(self.connection())
         .await
         .during("put a policy")?;

@@ -4,6 +4,7 @@ use std::io::Write as _;
 use std::os::fd::OwnedFd;
 
 use super::*;
+use crate::policy::How;
 use crate::storage::{Folder, Kind, Object, Storage, StorageError};
 
 const CHEAP: Cost = Cost { log_n: 10, r: 8, p: 1 };
@@ -14,7 +15,12 @@ fn made(folder: &Path) -> Archive {
 }
 
 fn stream_job() -> Job {
-    Job { run_uid: "r1".into(), service: "db".into(), input: Input::Stream { file_name: "dump".into() } }
+    Job {
+        run_uid: "r1".into(),
+        service: "db".into(),
+        input: Input::Stream { file_name: "dump".into() },
+        how: How::default(),
+    }
 }
 
 #[test]

@@ -20,6 +20,7 @@
 mod adopt;
 mod cancel;
 mod chunk;
+mod count;
 mod entry;
 mod exclude;
 mod folder;
@@ -51,6 +52,7 @@ use super::lock::{HeldLock, Sharing};
 use super::open::{Archive, ArchiveError, Who};
 
 pub use cancel::{Cancel, Interruptible};
+pub use count::{Totals, count};
 pub use exclude::Patterns;
 
 /// How far it is; read while it works. Each store gets a new one.
@@ -64,8 +66,14 @@ pub struct Counters {
     pub bytes_read: AtomicU64,
     /// Bytes that were put.
     pub bytes_stored: AtomicU64,
+    at_the_gate: AtomicBool,
+}
+
+impl Counters {
     /// Whether all is put, and only the gate is left.
-    pub is_at_the_gate: AtomicBool,
+    pub fn is_at_the_gate(&self) -> bool {
+        self.at_the_gate.load(Ordering::Acquire)
+    }
 }
 
 /// Which snapshot unchanged files are recognised from.
@@ -195,7 +203,7 @@ impl Archive {
         let lock = HeldLock::take(self, Sharing::Shared, &options.who, clock)?;
         let started = super::open::timestamp(clock.as_ref());
         let (whole, draft) = pipeline::run(self, source, options, started, &lock, cancel, counters)?;
-        counters.is_at_the_gate.store(true, Ordering::Release);
+        counters.at_the_gate.store(true, Ordering::Release);
         gate::commit(self, whole, draft, &lock, cancel)
     }
 }

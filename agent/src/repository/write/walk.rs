@@ -29,8 +29,8 @@ use super::work::{Batch, Listed};
 use super::{Files, Patterns};
 
 const BATCH_ENTRIES: usize = 32;
-const LISTING_BYTES: usize = 32 * 1024;
-const CACHE_TAG: &[u8] = b"CACHEDIR.TAG";
+pub(super) const LISTING_BYTES: usize = 32 * 1024;
+pub(super) const CACHE_TAG: &[u8] = b"CACHEDIR.TAG";
 /// How such a file must begin, <https://bford.info/cachedir/>.
 const CACHE_SIGNATURE: &[u8] = b"Signature: 8a477f597d28d172789f06886806bc55";
 
@@ -334,7 +334,7 @@ fn number(entries: &mut [Listed]) {
     entries.reverse();
 }
 
-fn has_cache_tag(folder: &OwnedFd) -> bool {
+pub(super) fn has_cache_tag(folder: &OwnedFd) -> bool {
     let read = open_at(folder.as_fd(), CACHE_TAG, OFlags::empty()).and_then(|file| {
         let mut begin = [0_u8; CACHE_SIGNATURE.len()];
         let read = rustix::io::read(&file, &mut begin)?;

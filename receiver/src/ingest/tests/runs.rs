@@ -208,6 +208,7 @@ async fn a_second_answer_to_a_directive_changes_nothing() {
         destination: "local".into(),
         encryption_enabled: true,
         misfire: "skip".into(),
+        ..crate::model::policy::PolicyInput::default()
     };
     let mut tx = world.store.begin().await.expect("begun");
     let new = NewDirective {
