@@ -89,7 +89,7 @@ pub(super) async fn restore(settings: &Settings, run_uid: &str, target: &Path, a
 }
 
 /// What is restored must not mix with what is there, and must not follow a symlink somewhere else.
-fn check_target(target: &Path) -> Result<(), Complaint> {
+pub(super) fn check_target(target: &Path) -> Result<(), Complaint> {
     let next = "name a folder that does not exist yet or is empty";
     let bad = |reason: String| Complaint::mend("bad_target", reason, next);
     match target.symlink_metadata() {

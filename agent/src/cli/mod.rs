@@ -12,6 +12,9 @@ mod grants;
 mod keys;
 mod log;
 mod output;
+mod place;
+mod prune;
+mod recover;
 mod talk;
 mod thaw;
 
@@ -162,6 +165,18 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// The server is gone: list, verify and restore its repository with the company's recovery key alone. Needs no
+    /// settings, no enrolment, no receiver.
+    #[command(
+        subcommand,
+        after_help = "Example:\n  hestner-agent recover list --folder /mnt/backup/server-12-encrypted --recovery-key /root/recovery.key\n\nA bucket or another server's folder is named by --place FILE:\n  kind = \"s3\"\n  endpoint = \"https://s3.example.com\"\n  bucket = \"backups\"\n  credentials_file = \"/root/s3.toml\"\n  repository = \"server-12-encrypted\""
+    )]
+    Recover(recover::Recover),
+    /// Remove snapshots that are no longer wanted, and the data that only they used, by stock restic.
+    #[command(
+        after_help = "Example:\n  hestner-agent prune --place /root/place.toml --password-file /root/server-12.password --keep-days 30 --keep-count 7 --dry-run\n  hestner-agent prune --destination local --forget 1f0c5a2e\n\nThe newest snapshot of a service never goes. Without --forget, --keep-days and --keep-count only data that nothing uses is removed."
+    )]
+    Prune(prune::Arguments),
     /// One run; started by the daemon with a socket as standard input.
     #[command(hide = true)]
     Runner {
@@ -324,6 +339,15 @@ fn run(Arguments { config, command }: Arguments) -> Result<(), Complaint> {
                 .map_err(|e| Complaint::broken("freezer_broken", &e, "read the agent's log"));
         }
         Command::Runner { guard_socket } => return run_runner(&config, guard_socket),
+        // A host that has nothing but this program, and need not become more.
+        Command::Recover(command) => {
+            log::init_command();
+            return block_on(recover::run(&command));
+        }
+        Command::Prune(arguments) => {
+            log::init_command();
+            return block_on(prune::run(&arguments, || Ok(Settings::read(&config)?)));
+        }
         _ => {}
     }
     let settings = Settings::read(&config)?;
@@ -352,6 +376,8 @@ fn run(Arguments { config, command }: Arguments) -> Result<(), Complaint> {
         Command::Thaw { .. }
         | Command::Doctor { .. }
         | Command::Runner { .. }
+        | Command::Recover(_)
+        | Command::Prune(_)
         | Command::Worker { .. }
         | Command::Guard { .. }
         | Command::Freezer { .. }

@@ -26,12 +26,15 @@
 mod contents;
 mod errors;
 pub mod index;
-mod keys;
+pub mod keys;
 pub mod lock;
 mod locks;
 pub mod open;
 mod own;
 pub mod place;
+pub mod prune;
+mod reading;
+pub mod recovery;
 mod restic;
 pub mod restore;
 pub mod retention;

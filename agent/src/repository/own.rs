@@ -18,9 +18,10 @@ use zeroize::Zeroizing;
 
 use super::lock::{HeldLock, Sharing};
 use super::open::{Archive, ArchiveError, Who};
-use super::restore::{self, Reader};
+use super::reading;
+use super::restore;
 use super::snapshots;
-use super::verify::{self, Extent, VerifyError};
+use super::verify::{self, Extent};
 use super::write::{Cancel, Counters, Files, Options, Patterns, Source};
 use super::{Input, Job, Location, Progress, RepositoryError, Snapshot, Stored};
 use crate::format::Id;
@@ -124,7 +125,7 @@ pub(super) async fn forget_run(location: &Location, run_uid: &str) -> Result<(),
 }
 
 /// Shared: a removed file of a snapshot harms nobody, and only prune removes data.
-fn locked(archive: &Archive, give_up: Instant) -> Result<HeldLock, RepositoryError> {
+pub(super) fn locked(archive: &Archive, give_up: Instant) -> Result<HeldLock, RepositoryError> {
     loop {
         match HeldLock::take(archive, Sharing::Shared, &Who::this_process(), &clock()) {
             Err(ArchiveError::Locked(_)) if Instant::now() < give_up => std::thread::sleep(LOCK_PAUSE),
@@ -135,7 +136,7 @@ fn locked(archive: &Archive, give_up: Instant) -> Result<HeldLock, RepositoryErr
 
 /// For whoever only reads: a place that takes nothing more, such as a disk that is mounted read-only, is read without a
 /// lock.
-fn locked_to_read(archive: &Archive, give_up: Instant) -> Result<Option<HeldLock>, RepositoryError> {
+pub(super) fn locked_to_read(archive: &Archive, give_up: Instant) -> Result<Option<HeldLock>, RepositoryError> {
     match locked(archive, give_up) {
         Err(RepositoryError::Archive(ArchiveError::Storage(error))) => {
             tracing::warn!(event = "read_without_lock", %error);
@@ -286,16 +287,7 @@ pub(super) async fn restore(location: &Location, id: &str, target: &Path) -> Res
     on_a_thread(move || {
         let archive = place.open()?;
         let _lock = locked_to_read(&archive, give_up)?;
-        let listed = snapshots::get(&archive, &parsed(&id)?)?;
-        let index = archive.load_index()?;
-        let (options, counters) = (restore::Options::default(), restore::Counters::default());
-        let reader = Reader::new(&archive, &index);
-        let restored =
-            restore::restore(&reader, listed.snapshot.tree, &target, &options, &counters, &AtomicBool::default())?;
-        let restore::Notes { count, mut first } = restored.warnings;
-        let more = count.saturating_sub(first.len() as u64);
-        first.extend((more > 0).then(|| format!("and {more} more like these")));
-        Ok(first)
+        reading::restore(&archive, &parsed(&id)?, &target, &restore::Counters::default(), &AtomicBool::default())
     })
     .await
 }
@@ -308,13 +300,7 @@ pub(super) async fn verify(location: &Location, id: &str) -> Result<(), Reposito
         let archive = place.open()?;
         let _lock = locked_to_read(&archive, give_up)?;
         snapshots::get(&archive, &parsed(&id)?)?;
-        let threads = std::thread::available_parallelism().map_or(2, usize::from);
-        let verified =
-            verify::verify(&archive, Extent::All, threads, &verify::Counters::default(), &AtomicBool::default());
-        verified.map(drop).map_err(|error| match error {
-            VerifyError::Archive(error) => error.into(),
-            other => RepositoryError::Damaged(other),
-        })
+        reading::verify(&archive, Extent::All, &verify::Counters::default(), &AtomicBool::default()).map(drop)
     })
     .await
 }

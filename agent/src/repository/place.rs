@@ -16,7 +16,7 @@ pub fn open(destination: &DestinationSettings, name: &str, limits: &Limits) -> R
     }
 }
 
-fn bucket(destination: &DestinationSettings, name: &str) -> S3Place {
+pub(super) fn bucket(destination: &DestinationSettings, name: &str) -> S3Place {
     let region = if destination.region.is_empty() { "us-east-1" } else { &destination.region };
     let prefix = match destination.prefix.is_empty() {
         true => name.to_owned(),
@@ -32,7 +32,7 @@ fn bucket(destination: &DestinationSettings, name: &str) -> S3Place {
     }
 }
 
-fn server(destination: &DestinationSettings, name: &str) -> SftpPlace {
+pub(super) fn server(destination: &DestinationSettings, name: &str) -> SftpPlace {
     SftpPlace {
         host: destination.host.clone(),
         port: destination.port,

@@ -363,7 +363,7 @@ fn has_vanished(error: &serde_json::Value, item: &str) -> bool {
 }
 
 /// Reads lines to the end; a longer one than the bound is cut, not kept in memory.
-async fn read_lines(stream: Option<impl AsyncRead + Unpin>, mut on_line: impl FnMut(&str)) {
+pub(super) async fn read_lines(stream: Option<impl AsyncRead + Unpin>, mut on_line: impl FnMut(&str)) {
     let Some(stream) = stream else { return };
     let mut reader = BufReader::new(stream);
     let mut line = Vec::new();

@@ -209,7 +209,7 @@ impl Storage for Folder {
     }
 
     fn list(&self, kind: Kind) -> Result<Vec<(String, u64)>, StorageError> {
-        let folder = if kind == Kind::Config { self.root.clone() } else { self.root.join(kind.folder()) };
+        let folder = if kind.folder().is_empty() { self.root.clone() } else { self.root.join(kind.folder()) };
         let listed = match kind {
             Kind::Pack => self.list_packs(&folder),
             kind => self.list_folder(kind, &folder),

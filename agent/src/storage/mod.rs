@@ -19,8 +19,8 @@ use std::fmt;
 
 pub use folder::Folder;
 pub use retry::Limits;
-pub use s3::{S3Place, s3};
-pub use sftp::{SftpPlace, sftp};
+pub use s3::{Credentials, S3Place, s3};
+pub use sftp::{SSH, SftpPlace, sftp};
 
 /// What an object is for; decides the folder that it lies in, as restic's format has it
 /// (<https://restic.readthedocs.io/en/stable/100_references.html>).
@@ -28,6 +28,9 @@ pub use sftp::{SftpPlace, sftp};
 pub enum Kind {
     /// The one `config` at the root.
     Config,
+    /// The repository's password, wrapped for the company's recovery key: the one `hestner-key.age` at the root. Not
+    /// of restic's format, which stops at a key file that it does not know, and at no other file.
+    WrappedKey,
     /// A key file.
     Key,
     /// Who uses the repository now.
@@ -44,12 +47,21 @@ impl Kind {
     /// Its folder below the repository's root; empty for the root itself.
     pub fn folder(self) -> &'static str {
         match self {
-            Self::Config => "",
+            Self::Config | Self::WrappedKey => "",
             Self::Key => "keys",
             Self::Lock => "locks",
             Self::Snapshot => "snapshots",
             Self::Index => "index",
             Self::Pack => "data",
+        }
+    }
+
+    /// The one name that an object of this kind has; `None`: each has its own.
+    pub fn only_name(self) -> Option<&'static str> {
+        match self {
+            Self::Config => Some("config"),
+            Self::WrappedKey => Some("hestner-key.age"),
+            _ => None,
         }
     }
 }
@@ -59,7 +71,7 @@ impl Kind {
 pub struct Object {
     /// What it is for.
     pub kind: Kind,
-    /// 64 hex digits; `config` for the config.
+    /// 64 hex digits; [`Kind::only_name`] where there is one.
     pub name: String,
 }
 
@@ -69,12 +81,17 @@ impl Object {
         Self { kind, name: name.into() }
     }
 
-    /// Whether the name is one that an object of its kind can have: 64 lower-case hex digits, `config` for the
-    /// config. All others would lead elsewhere, or to nothing that restic reads.
+    /// The one object of a kind that has only one.
+    pub fn only(kind: Kind) -> Option<Self> {
+        kind.only_name().map(|name| Self::new(kind, name))
+    }
+
+    /// Whether the name is one that an object of its kind can have: 64 lower-case hex digits, or the only name. All
+    /// others would lead elsewhere, or to nothing that restic reads.
     pub fn is_well_named(&self) -> bool {
-        match self.kind {
-            Kind::Config => self.name == "config",
-            _ => self.name.len() == 64 && self.name.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')),
+        match self.kind.only_name() {
+            Some(name) => self.name == name,
+            None => self.name.len() == 64 && self.name.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')),
         }
     }
 
@@ -89,7 +106,7 @@ impl Object {
     /// digits of their names.
     pub fn path(&self) -> String {
         match self.kind {
-            Kind::Config => self.name.clone(),
+            Kind::Config | Kind::WrappedKey => self.name.clone(),
             Kind::Pack => format!("data/{}/{}", self.name.get(..2).unwrap_or_default(), self.name),
             kind => format!("{}/{}", kind.folder(), self.name),
         }

@@ -132,10 +132,9 @@ impl<S: Server> Storage for Remote<S> {
     }
 
     fn list(&self, kind: Kind) -> Result<Vec<(String, u64)>, StorageError> {
-        if kind == Kind::Config {
-            let config = Object::new(kind, "config");
-            return match self.call(|| self.server.size(&config)) {
-                Ok(bytes) => Ok(vec![(config.name, bytes)]),
+        if let Some(only) = Object::only(kind) {
+            return match self.call(|| self.server.size(&only)) {
+                Ok(bytes) => Ok(vec![(only.name, bytes)]),
                 Err(StorageError::Missing(_)) => Ok(Vec::new()),
                 Err(error) => Err(error),
             };
