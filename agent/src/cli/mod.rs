@@ -15,6 +15,7 @@ mod output;
 mod place;
 mod prune;
 mod recover;
+mod recovery_key;
 mod talk;
 mod thaw;
 
@@ -127,6 +128,9 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// For which recovery key of the company this host wraps its repositories' keys.
+    #[command(subcommand, after_help = "Example:\n  hestner-agent recovery-key show")]
+    RecoveryKey(recovery_key::RecoveryKey),
     /// Write a run's artifact to a folder. Works without the daemon.
     #[command(
         after_help = "Example:\n  hestner-agent restore 0198c0de-0000-7000-8000-000000000000 --target /srv/restored\n\nThe tree appears below the folder under its original path."
@@ -369,6 +373,7 @@ fn run(Arguments { config, command }: Arguments) -> Result<(), Complaint> {
         Command::Snapshot { service, dry_run: true, json, .. } => block_on(talk::plan(&settings, service, json)),
         Command::Snapshot { service, detach, json, .. } => block_on(talk::snapshot(&settings, service, detach, json)),
         Command::Runs { limit, json } => block_on(talk::runs(&settings, limit, json)),
+        Command::RecoveryKey(command) => recovery_key::run(&settings, &command),
         Command::Keys { require_escrow, json } => keys::list(&settings, require_escrow, json),
         Command::Restore { run, target, json } => block_on(artifacts::restore(&settings, &run, &target, json)),
         Command::Verify { run, json } => block_on(artifacts::verify(&settings, &run, json)),
