@@ -352,7 +352,8 @@ fn sftp(program: Program, destination: &DestinationSettings, repository: &str) -
         .arg("--repo")
         // User and server stand in the command; here they only fill the form.
         .arg(format!("sftp:server:{}", server.path))
-        .args(["-o".to_owned(), format!("sftp.command={}", quoted?.join(" "))]))
+        // Options are fields of CSV.
+        .args(["-o".to_owned(), format!("\"sftp.command={}\"", quoted?.join(" "))]))
 }
 
 /// As restic takes a command apart: it knows quotes, and nothing inside of them. Which character a backslash makes
@@ -360,7 +361,7 @@ fn sftp(program: Program, destination: &DestinationSettings, repository: &str) -
 fn quoted(word: &OsString) -> Result<String, PruneError> {
     let text = word.to_str().filter(|text| !text.contains(['"', '\'', '\\']) && !text.contains(char::is_control));
     match text {
-        Some(text) => Ok(format!("\"{text}\"")),
+        Some(text) => Ok(format!("'{text}'")),
         None => Err(PruneError::Path(word.into())),
     }
 }
@@ -435,7 +436,7 @@ mod tests {
 
     #[test]
     fn commands_for_restic_hold_no_word_that_it_would_take_apart() {
-        assert_eq!(quoted(&"/a b/c".into()).unwrap(), "\"/a b/c\"");
+        assert_eq!(quoted(&"/a b,c".into()).unwrap(), "'/a b,c'");
         for hostile in ["a\"b", "a\\b", "a'b", "a\nb"] {
             assert!(quoted(&hostile.into()).is_err(), "{hostile:?}");
         }
