@@ -5,14 +5,15 @@
 //! message; the old one is replaced only then, and nothing is ever deleted because it was rejected.
 //!
 //! Files in `STATE/daemon/identity`, the daemon's: `agent.pem` (key, certificate, CA), `next.pem` (the same,
-//! renewed), `enrolling.pem` (the key of an enrolment that has not ended). Beside them, in `STATE`, lies
+//! renewed), `enrolling.pem` (the key of an enrolment that has not ended), `recovery.fingerprint` (what the daemon
+//! compares with what the receiver names). Beside them, in `STATE`, lies
 //! `server.json` ([`Server`]), which a daemon that was taken over cannot change: the runner believes it, and
 //! nothing else, of what came from the receiver.
 
 use std::path::{Path, PathBuf};
 
 use chrono::{DateTime, TimeDelta, Utc};
-use hestner_proto::identity::AgentId;
+use hestner_proto::identity::{AgentId, recovery_fingerprint};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
@@ -193,6 +194,11 @@ impl Server {
         }
     }
 
+    /// The fingerprint that was typed.
+    pub fn recovery_fingerprint(&self) -> String {
+        recovery_fingerprint(&self.recovery_recipient)
+    }
+
     fn keep(&self, state_dir: &Path) -> Result<(), IdentityError> {
         let text = serde_json::to_vec_pretty(self).unwrap_or_default();
         Ok(files::write(&Self::path(state_dir), &text, 0o600)?)
@@ -277,10 +283,40 @@ impl Keeper {
     pub fn keep_enrolled(&self, identity: &Identity, recovery_recipient: &str) -> Result<(), IdentityError> {
         let AgentId { company_id, server_id, .. } = identity.id;
         let recovery_recipient = recovery_recipient.trim().to_owned();
-        Server { company_id, server_id, recovery_recipient }.keep(&self.state_dir)?;
+        self.keep_server(&Server { company_id, server_id, recovery_recipient })?;
         self.as_daemon(|| {
             files::write(&self.folder.join("agent.pem"), identity.to_pem().as_bytes(), 0o600)?;
             Ok(files::remove(&self.folder.join("enrolling.pem"))?)
+        })
+    }
+
+    /// Puts another recovery key in the place of the one that was typed at enrolment.
+    ///
+    /// # Errors
+    /// [`IdentityError::NotEnrolled`], or when a file cannot be read or written.
+    pub fn change_recovery_key(&self, recovery_recipient: &str) -> Result<Server, IdentityError> {
+        let server = Server::read(&self.state_dir)?;
+        let server = Server { recovery_recipient: recovery_recipient.trim().to_owned(), ..server };
+        self.keep_server(&server)?;
+        Ok(server)
+    }
+
+    /// The fingerprint that was typed, as the daemon knows it: so that it can say when the receiver names another. What
+    /// it says decides nothing. `None`: nobody has told it, which an agent of an older version did not.
+    pub fn recovery_fingerprint(&self) -> Option<String> {
+        let told = files::read(&self.told_fingerprint(), IDENTITY_BYTES_MAX).ok()?;
+        Some(String::from_utf8_lossy(&told).trim().to_owned())
+    }
+
+    fn told_fingerprint(&self) -> PathBuf {
+        self.folder.join("recovery.fingerprint")
+    }
+
+    fn keep_server(&self, server: &Server) -> Result<(), IdentityError> {
+        server.keep(&self.state_dir)?;
+        self.as_daemon(|| {
+            files::private_folder(&self.folder)?;
+            Ok(files::write(&self.told_fingerprint(), server.recovery_fingerprint().as_bytes(), 0o600)?)
         })
     }
 

@@ -27,6 +27,10 @@ pub struct Status {
     /// `null` before the first session.
     #[serde(default)]
     pub clock_skew_ms: Option<i64>,
+    /// Fingerprint of the recovery key that the receiver names and this host does not follow; empty where it names the
+    /// one that was typed here.
+    #[serde(default)]
+    pub recovery_key_refused: String,
     /// Whether daemon and runner are separate units with separate privileges.
     pub separated: bool,
     /// Which bounds of `[worker]` nobody keeps here, and why; empty when all are kept.

@@ -16,7 +16,8 @@ use hestner_tests::sftp::SftpServer;
 use hestner_tests::{files, is_root_or_skips};
 use nix::sys::signal::Signal;
 
-const KINDS: [Kind; 6] = [Kind::Config, Kind::Key, Kind::Lock, Kind::Snapshot, Kind::Index, Kind::Pack];
+/// Those with many objects.
+const KINDS: [Kind; 5] = [Kind::Key, Kind::Lock, Kind::Snapshot, Kind::Index, Kind::Pack];
 const MIB: usize = 1024 * 1024;
 
 /// A folder whose parents nobody else can write, as credentials need.
@@ -78,6 +79,7 @@ fn sftp_at(server: &SftpServer, limits: &Limits) -> Box<dyn Storage> {
 /// Everything that any place must do; `plant` stores a file at a path past the tested one.
 fn behaves(storage: &dyn Storage, plant: &dyn Fn(&str, &[u8])) {
     new_place_is_empty(storage);
+    wrapped_key_lies_at_the_root(storage, plant);
     objects_are_written_once(storage);
     parts_and_bounds_hold(storage);
     listings_name_objects_only(storage, plant);
@@ -90,7 +92,7 @@ fn new_place_is_empty(storage: &dyn Storage) {
     assert!(matches!(storage.get(&config(), 10), Err(StorageError::Missing(_))));
     storage.put(&config(), b"config").unwrap();
     assert_eq!(storage.list(Kind::Config).unwrap(), [("config".to_owned(), 6)]);
-    for kind in &KINDS[1..] {
+    for kind in &KINDS {
         assert!(storage.list(*kind).unwrap().is_empty(), "{kind:?}");
         let missing = object(*kind, 1);
         assert!(matches!(storage.get(&missing, 10), Err(StorageError::Missing(_))), "{kind:?}");
@@ -99,8 +101,32 @@ fn new_place_is_empty(storage: &dyn Storage) {
     }
 }
 
+fn wrapped_key_lies_at_the_root(storage: &dyn Storage, plant: &dyn Fn(&str, &[u8])) {
+    let key = Object::only(Kind::WrappedKey).unwrap();
+    assert_eq!(key.path(), "hestner-key.age");
+    assert!(storage.list(Kind::WrappedKey).unwrap().is_empty());
+    assert!(matches!(storage.get(&key, 10), Err(StorageError::Missing(_))));
+    storage.put(&key, b"wrapped").unwrap();
+    storage.put(&key, b"wrapped").unwrap();
+    assert!(matches!(storage.put(&key, b"another"), Err(StorageError::Exists(_))));
+    assert!(matches!(storage.get(&key, 6), Err(StorageError::TooBig { bytes: 7, .. })));
+    assert_eq!(storage.get(&key, 7).unwrap(), b"wrapped");
+    assert_eq!(storage.list(Kind::WrappedKey).unwrap(), [("hestner-key.age".to_owned(), 7)]);
+    // Its neighbours at the root are others.
+    assert_eq!(storage.list(Kind::Config).unwrap(), [("config".to_owned(), 6)]);
+    storage.remove(&key).unwrap();
+    storage.remove(&key).unwrap();
+    assert!(storage.list(Kind::WrappedKey).unwrap().is_empty());
+    plant("hestner-key.age", b"planted");
+    assert_eq!(storage.get(&key, 10).unwrap(), b"planted");
+    storage.remove(&key).unwrap();
+    for name in ["config", "hestner-key.age2", "../hestner-key.age", ""] {
+        assert!(storage.put(&Object::new(Kind::WrappedKey, name), b"x").is_err(), "{name:?}");
+    }
+}
+
 fn objects_are_written_once(storage: &dyn Storage) {
-    for kind in &KINDS[1..] {
+    for kind in &KINDS {
         let object = object(*kind, 7);
         storage.put(&object, b"first").unwrap();
         // Whoever died after it was stored puts it again.

@@ -66,6 +66,16 @@ impl Cmd {
         self
     }
 
+    /// Takes away everything that the test's own environment has but `PATH`; for use before [`Cmd::env`].
+    #[must_use]
+    pub fn without_environment(mut self) -> Self {
+        self.inner.env_clear();
+        if let Some(path) = std::env::var_os("PATH") {
+            self.inner.env("PATH", path);
+        }
+        self
+    }
+
     /// Runs it in `folder`.
     #[must_use]
     pub fn in_folder(mut self, folder: &Path) -> Self {

@@ -13,6 +13,7 @@ pub mod cgroups;
 pub mod clock;
 pub mod command;
 pub mod docker;
+pub mod elsewhere;
 pub mod files;
 pub mod http;
 pub mod mounts;

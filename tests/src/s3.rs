@@ -83,6 +83,13 @@ impl S3Server {
         self.ask(&format!("PUT /{BUCKET}/{PREFIX}/{path} - {}", file.display()));
     }
 
+    /// Stores every file below a folder below the prefix, past whoever is tested.
+    pub fn plant_all(&self, folder: &Path) {
+        let listed = Cmd::new("find").arg(folder).args(["-type", "f", "-printf", "%P\\n"]).ok();
+        let line = |path: &str| format!("PUT /{BUCKET}/{PREFIX}/{path} - {}", folder.join(path).display());
+        self.ask(&listed.lines().map(line).collect::<Vec<_>>().join("\n"));
+    }
+
     fn write_credentials(&self) {
         for (file, (id, secret)) in [(self.credentials(), ADMIN), (self.put_only_credentials(), PUT_ONLY)] {
             files::write(&file, format!("access_key_id = \"{id}\"\nsecret_access_key = \"{secret}\"\n"));

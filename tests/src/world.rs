@@ -51,6 +51,13 @@ impl World {
         Self::around(folder, receiver)
     }
 
+    /// The same with these lines in the receiver's section `[session]`.
+    pub fn with_session(name: &str, session: &str) -> Self {
+        let folder = Folder(own_folder(name));
+        let receiver = Receiver::start_with(&folder.0.join("receiver"), session);
+        Self::around(folder, receiver)
+    }
+
     fn around(folder: Folder, mut receiver: Receiver) -> Self {
         let company = new_company(&receiver, &folder.0, "acme");
         receiver.use_key(receiver.api_key(Some(company.id)));

@@ -70,10 +70,10 @@ pub(super) async fn restore(settings: &Settings, run_uid: &str, target: &Path, a
         artifact.run.service,
         target.display()
     );
-    let mut following = Following::new("restoring");
+    let mut following = Following::new();
     let tell = |progress| {
         let (bytes_total, files_total) = (artifact.run.bytes_read, artifact.run.files);
-        following.tell(Progress { bytes_total, files_total, ..progress });
+        following.tell("restoring", Progress { bytes_total, files_total, ..progress });
     };
     let restored = artifact.repository.restore(&artifact.snapshot_id, target, tell).await;
     following.end();
@@ -102,8 +102,9 @@ pub(super) async fn restore(settings: &Settings, run_uid: &str, target: &Path, a
 pub(super) async fn verify(settings: &Settings, run_uid: &str, as_json: bool) -> Result<(), Complaint> {
     let artifact = find(settings, run_uid)?;
     eprintln!("reading the whole repository back; this takes as long as reading it does");
-    let mut following = Following::new("reading back");
-    let verified = artifact.repository.verify(&artifact.snapshot_id, |progress| following.tell(progress)).await;
+    let mut following = Following::new();
+    let verified =
+        artifact.repository.verify(&artifact.snapshot_id, |progress| following.tell("reading back", progress)).await;
     following.end();
     verified.map_err(|error| match error.class() {
         ErrorClass::ArchiverFailed => Complaint::of_class(ErrorClass::VerifyFailed, chain(&error)),

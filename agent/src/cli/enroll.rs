@@ -68,7 +68,7 @@ pub(super) async fn run(settings: &Settings, arguments: &Arguments) -> Result<()
     Ok(())
 }
 
-fn is_fingerprint(text: &str) -> bool {
+pub(super) fn is_fingerprint(text: &str) -> bool {
     let is_digit = |b: u8| matches!(b, b'0'..=b'9' | b'a'..=b'f');
     text.strip_prefix("sha256:").is_some_and(|digits| digits.len() == 32 && digits.bytes().all(is_digit))
 }

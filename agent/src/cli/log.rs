@@ -21,8 +21,17 @@ pub(super) fn init(settings: &Log) -> Result<(), String> {
 
 /// For runner and worker, which share the daemon's standard error: as text.
 pub(super) fn init_child() {
+    init_text("info");
+}
+
+/// For commands of people who wait for an answer: what is not as it should be, as text.
+pub(super) fn init_command() {
+    init_text("warn");
+}
+
+fn init_text(filter: &str) {
     tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::new("info"))
+        .with_env_filter(EnvFilter::new(filter))
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .init();

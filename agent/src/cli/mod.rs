@@ -12,7 +12,11 @@ mod grants;
 mod keys;
 mod log;
 mod output;
+mod place;
 mod progress;
+mod prune;
+mod recover;
+mod recovery_key;
 mod talk;
 mod target;
 mod thaw;
@@ -127,6 +131,9 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// For which recovery key of the company this host wraps its repositories' keys.
+    #[command(subcommand, after_help = "Example:\n  hestner-agent recovery-key show")]
+    RecoveryKey(recovery_key::RecoveryKey),
     /// Write a run's artifact to a folder. Works without the daemon.
     #[command(
         after_help = "Example:\n  hestner-agent restore 0198c0de-0000-7000-8000-000000000000 --target /srv/restored\n\nThe tree appears below the folder under its original path. A restore that was ended early goes on when the same command is given again: only what is missing is written."
@@ -165,6 +172,18 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// The server is gone: list, verify and restore its repository with the company's recovery key alone. Needs no
+    /// settings, no enrolment, no receiver.
+    #[command(
+        subcommand,
+        after_help = "Example:\n  hestner-agent recover list --folder /mnt/backup/server-12-encrypted --recovery-key /root/recovery.key\n\nA bucket or another server's folder is named by --place FILE:\n  kind = \"s3\"\n  endpoint = \"https://s3.example.com\"\n  bucket = \"backups\"\n  credentials_file = \"/root/s3.toml\"\n  repository = \"server-12-encrypted\""
+    )]
+    Recover(recover::Recover),
+    /// Remove snapshots that are no longer wanted, and the data that only they used, by stock restic.
+    #[command(
+        after_help = "Example:\n  hestner-agent prune --place /root/place.toml --password-file /root/server-12.password --keep-days 30 --keep-count 7 --dry-run\n  hestner-agent prune --destination local --forget 1f0c5a2e\n\nThe newest snapshot of a service never goes. Without --forget, --keep-days and --keep-count only data that nothing uses is removed."
+    )]
+    Prune(prune::Arguments),
     /// One run; started by the daemon with a socket as standard input.
     #[command(hide = true)]
     Runner {
@@ -328,6 +347,15 @@ fn run(Arguments { config, command }: Arguments) -> Result<(), Complaint> {
                 .map_err(|e| Complaint::broken("freezer_broken", &e, "read the agent's log"));
         }
         Command::Runner { guard_socket } => return run_runner(&config, guard_socket),
+        // A host that has nothing but this program, and need not become more.
+        Command::Recover(command) => {
+            log::init_command();
+            return block_on(recover::run(&command));
+        }
+        Command::Prune(arguments) => {
+            log::init_command();
+            return block_on(prune::run(&arguments, || Ok(Settings::read(&config)?)));
+        }
         _ => {}
     }
     let settings = Settings::read(&config)?;
@@ -349,6 +377,7 @@ fn run(Arguments { config, command }: Arguments) -> Result<(), Complaint> {
         Command::Snapshot { service, dry_run: true, json, .. } => block_on(talk::plan(&settings, service, json)),
         Command::Snapshot { service, detach, json, .. } => block_on(talk::snapshot(&settings, service, detach, json)),
         Command::Runs { limit, json } => block_on(talk::runs(&settings, limit, json)),
+        Command::RecoveryKey(command) => recovery_key::run(&settings, &command),
         Command::Keys { require_escrow, json } => keys::list(&settings, require_escrow, json),
         Command::Restore { run, target, json } => block_on(artifacts::restore(&settings, &run, &target, json)),
         Command::Verify { run, json } => block_on(artifacts::verify(&settings, &run, json)),
@@ -356,6 +385,8 @@ fn run(Arguments { config, command }: Arguments) -> Result<(), Complaint> {
         Command::Thaw { .. }
         | Command::Doctor { .. }
         | Command::Runner { .. }
+        | Command::Recover(_)
+        | Command::Prune(_)
         | Command::Worker { .. }
         | Command::Guard { .. }
         | Command::Freezer { .. }

@@ -21,7 +21,7 @@ pub(super) fn complain(Complaint { message, next_step, code, .. }: &Complaint) {
 }
 
 /// Without what a terminal would obey: much of what is shown to root was said by the daemon, who is not root.
-fn harmless(text: &str) -> String {
+pub(super) fn harmless(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { ' ' } else { c }).collect()
 }
 

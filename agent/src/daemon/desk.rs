@@ -156,6 +156,13 @@ impl Desk {
         let link = self.link.borrow().clone();
         (status.connected, status.disconnected_because) = (link.connected, link.because);
         status.clock_skew_ms = link.skew_ms;
+        if let Some(offered) = link.refused_recovery_key {
+            status.problems.push(format!(
+                "recovery_key_refused: the receiver names a recovery key with the fingerprint {offered}, which is not \
+                 the one that was typed on this host; keys go on being wrapped for the typed one"
+            ));
+            status.recovery_key_refused = offered;
+        }
         match self.store.waiting().await {
             Ok(waiting) => status.outbox_reports = waiting,
             Err(error) => status.problems.push(error.to_string()),

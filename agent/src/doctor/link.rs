@@ -3,7 +3,7 @@
 use chrono::{DateTime, TimeDelta, Utc};
 
 use super::{Check, Level, Subject};
-use crate::identity::{Identity, IdentityError, Keeper};
+use crate::identity::{Identity, IdentityError, Keeper, Server};
 use crate::platform::chain;
 use crate::platform::clock::Clock;
 use crate::status::Status;
@@ -18,7 +18,10 @@ pub(super) async fn checks(subject: &Subject, status: Option<&Status>, clock: &d
         Err(error) => return vec![unusable(&error)],
     };
     let now = clock.now();
-    vec![validity(&identity, now), receiver(subject, &identity, status).await, time(&identity, status, now)]
+    let mut found = vec![validity(&identity, now), receiver(subject, &identity, status).await];
+    found.push(time(&identity, status, now));
+    found.extend(recovery_key(subject, status));
+    found
 }
 
 fn unusable(error: &IdentityError) -> Check {
@@ -70,6 +73,25 @@ async fn receiver(subject: &Subject, identity: &Identity, status: Option<&Status
             check(format!("it cannot be reached: {error}")).but(Level::Warning, "receiver_unreachable", next_step)
         }
     }
+}
+
+/// Runs wrap keys for what was typed on this host, whatever the receiver says; that it says something else has to be
+/// known. What was typed stands in a file of root's.
+fn recovery_key(subject: &Subject, status: Option<&Status>) -> Option<Check> {
+    let typed = match Server::read(&subject.host.state_dir) {
+        Ok(server) => server.recovery_fingerprint(),
+        // Runs fail, and the check of rights says why.
+        Err(_) => return None,
+    };
+    let check = |message: String| Check::ok("recovery_key", "", message);
+    let refused = status.map(|status| status.recovery_key_refused.as_str()).unwrap_or_default();
+    if refused.is_empty() || refused == typed {
+        return Some(check(format!("repositories' keys are wrapped for {typed}, which was typed on this host")));
+    }
+    let next_step = "ask the company, and not by way of the receiver: if it has changed its key, type the new \
+                     fingerprint with `hestner-agent recovery-key set`; if not, somebody else answers at the centre";
+    let message = format!("the receiver names {refused}; keys go on being wrapped for {typed}, which was typed here");
+    Some(check(message).but(Level::Problem, "recovery_key_refused", next_step))
 }
 
 fn time(identity: &Identity, status: Option<&Status>, now: DateTime<Utc>) -> Check {

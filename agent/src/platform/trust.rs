@@ -8,6 +8,8 @@ use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
 
+use zeroize::Zeroizing;
+
 use super::files::{self, FileError};
 
 /// Symlinks on the way to a file, at most, as the kernel counts them (path_resolution(7)).
@@ -28,6 +30,14 @@ pub enum Distrust {
     #[error("{path} has mode {mode:04o}; neither group nor others may write to it")]
     Writable {
         /// What can be written.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+    },
+    /// It holds a secret, and others can read it.
+    #[error("{path} has mode {mode:04o}: others than its owner can read it; `chmod 600` it")]
+    Readable {
+        /// What can be read.
         path: PathBuf,
         /// Its mode.
         mode: u32,
@@ -109,6 +119,19 @@ pub fn read_text(path: &Path, bytes_max: u64) -> Result<String, Distrust> {
     let bytes = files::read(path, bytes_max)?;
     let not_text = |_| files::failed("read", path)(std::io::Error::new(std::io::ErrorKind::InvalidData, "not UTF-8"));
     String::from_utf8(bytes).map_err(|e| not_text(e).into())
+}
+
+/// Checks a path and reads it as text, if nobody but its owner can read it.
+///
+/// # Errors
+/// As [`read_text`], and [`Distrust::Readable`].
+pub fn read_secret(path: &Path, bytes_max: u64) -> Result<Zeroizing<String>, Distrust> {
+    check(path)?;
+    let mode = path.metadata().map_err(files::failed("look at", path))?.mode();
+    if mode & 0o077 != 0 {
+        return Err(Distrust::Readable { path: path.to_owned(), mode: mode & 0o7777 });
+    }
+    read_text(path, bytes_max).map(Zeroizing::new)
 }
 
 fn check_one(path: &Path) -> Result<(), Distrust> {

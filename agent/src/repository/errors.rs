@@ -7,9 +7,7 @@ use hestner_proto::words::ErrorClass;
 use super::open::ArchiveError;
 use super::restore::RestoreError;
 use super::verify::VerifyError;
-use crate::platform::command::CommandError;
 use crate::platform::files::FileError;
-use crate::platform::trust::Distrust;
 use crate::storage::StorageError;
 
 /// Entries of a source that the archiver stumbled over.
@@ -44,22 +42,6 @@ pub enum RepositoryError {
     /// Entries could not be read; nothing was kept.
     #[error("{} could not be read: {}", entries(.0.unreadable), .0.names.join(", "))]
     Unreadable(EntryErrors),
-    /// restic failed in a way that has no name here.
-    #[error("restic could not {operation}: {complaint}")]
-    Failed {
-        /// What was tried.
-        operation: &'static str,
-        /// What it said.
-        complaint: String,
-    },
-    /// restic was killed.
-    #[error("restic was killed by signal {signal} while it should {operation}")]
-    Killed {
-        /// What was tried.
-        operation: &'static str,
-        /// By what.
-        signal: i32,
-    },
     /// The caller cancelled it.
     #[error("it was cancelled")]
     Cancelled,
@@ -78,12 +60,6 @@ pub enum RepositoryError {
     /// The recovery key cannot be used.
     #[error("the company's recovery key cannot be used: {0}")]
     RecoveryKey(String),
-    /// A program could not be run.
-    #[error(transparent)]
-    Command(#[from] CommandError),
-    /// A program is not believed.
-    #[error(transparent)]
-    Distrust(#[from] Distrust),
     /// A file could not be read or written.
     #[error(transparent)]
     File(#[from] FileError),
@@ -153,13 +129,11 @@ impl RepositoryError {
             Self::NoFolder(_) | Self::Gone(_) | Self::Locked(_) | Self::RecoveryKey(_) => {
                 ErrorClass::RepositoryUnavailable
             }
-            Self::Distrust(_) => ErrorClass::UnsafePermissions,
             Self::NoPassword(_) | Self::WrongKey(_) => ErrorClass::RepositoryWrongKey,
             Self::File(error) if error.is_full() => ErrorClass::DestinationFull,
             Self::OwnFile(error) if error.is_full() => ErrorClass::StateFull,
             Self::OwnFile(_) => ErrorClass::StateUnusable,
             Self::Unreadable(_) => ErrorClass::SourceUnreadable,
-            Self::Killed { .. } => ErrorClass::ArchiverKilled,
             Self::Cancelled => ErrorClass::Cancelled,
             Self::Archive(error) => archive_class(error),
             Self::Damaged(_) | Self::Restore(RestoreError::Incomplete { .. } | RestoreError::Endless { .. }) => {
@@ -167,7 +141,7 @@ impl RepositoryError {
             }
             Self::Restore(_) => ErrorClass::ArchiverFailed,
             Self::File(_) => ErrorClass::RepositoryUnavailable,
-            Self::Failed { .. } | Self::Surprise(_) | Self::Command(_) => ErrorClass::ArchiverFailed,
+            Self::Surprise(_) => ErrorClass::ArchiverFailed,
         }
     }
 }

@@ -26,13 +26,15 @@
 
 mod errors;
 pub mod index;
-mod keys;
+pub mod keys;
 pub mod lock;
 pub mod open;
 mod own;
 pub mod place;
 pub mod progress;
-mod prune;
+pub mod prune;
+mod reading;
+pub mod recovery;
 pub mod restore;
 pub mod retention;
 pub mod snapshots;
@@ -51,7 +53,7 @@ use serde::{Deserialize, Serialize};
 use toml_example::TomlExample;
 
 use crate::escrow::RepositoryKey;
-use crate::platform::files;
+use crate::platform::{chain, files};
 use crate::policy::{DestinationSettings, How};
 use crate::storage::Limits;
 
@@ -304,9 +306,10 @@ impl Repository {
             }
         };
         let key = keys::escrow(&password_file, location.mode, recovery_recipient)?;
+        let key = RepositoryKey { repository_id: id, destination: location.destination.name.clone(), key };
         own::lay_beside(location, &key).await?;
-        files::write(&location.id_file(), id.as_bytes(), 0o600)?;
-        Ok(RepositoryKey { repository_id: id, destination: location.destination.name.clone(), key })
+        files::write(&location.id_file(), key.repository_id.as_bytes(), 0o600)?;
+        Ok(key)
     }
 
     /// Stores a job, and returns only what is whole: every byte read, every object durable at its place and read back
@@ -357,7 +360,8 @@ impl Repository {
     /// When the repository cannot be opened or another user holds it.
     pub async fn expire(&self, ids: &[String]) -> Result<Option<String>, RepositoryError> {
         own::forget(&self.location, ids).await?;
-        prune::run(&self.location).await
+        let pruned = prune::of_host(&self.location).await;
+        Ok(pruned.err().map(|error| format!("the data of removed artifacts stays: {}", chain(&error))))
     }
 
     /// Bytes that all objects of the repository have.

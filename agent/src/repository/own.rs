@@ -20,11 +20,11 @@ use zeroize::Zeroizing;
 use super::lock::{HeldLock, Sharing};
 use super::open::{Archive, ArchiveError, Who};
 use super::progress::Watch;
-use super::restore::{self, Reader};
-use super::verify::{self, Extent, VerifyError};
+use super::restore;
+use super::verify::{self, Extent};
 use super::write::{Cancel, Counters, Files, Options, Parent, Patterns, Source};
-use super::{Input, Job, Location, Progress, RepositoryError, Snapshot, Stored, keys, place, snapshots};
-use crate::escrow::EscrowedKey;
+use super::{Input, Job, Location, Progress, RepositoryError, Snapshot, Stored, keys, place, reading, snapshots};
+use crate::escrow::RepositoryKey;
 use crate::format::Id;
 use crate::format::key::Cost;
 use crate::platform::clock::{SharedClock, SystemClock};
@@ -79,6 +79,11 @@ fn clock() -> SharedClock {
     Arc::new(SystemClock)
 }
 
+/// The repository's password.
+pub(super) fn password(location: &Location) -> Result<Zeroizing<Vec<u8>>, RepositoryError> {
+    Place::of(location).password()
+}
+
 /// Whether there is a repository.
 pub(super) async fn exists(location: &Location) -> Result<bool, RepositoryError> {
     let place = Place::of(location);
@@ -104,10 +109,9 @@ pub(super) async fn make(location: &Location) -> Result<String, RepositoryError>
 }
 
 /// Lays the wrapped key beside the repository.
-pub(super) async fn lay_beside(location: &Location, key: &EscrowedKey) -> Result<(), RepositoryError> {
-    let EscrowedKey::Wrapped(wrapped) = key else { return Ok(()) };
-    let (place, wrapped) = (Place::of(location), wrapped.clone());
-    on_a_thread(move || Ok(keys::lay_beside(place.storage()?.as_ref(), &wrapped)?)).await
+pub(super) async fn lay_beside(location: &Location, key: &RepositoryKey) -> Result<(), RepositoryError> {
+    let (place, key) = (Place::of(location), key.clone());
+    on_a_thread(move || keys::lay_beside(place.storage()?.as_ref(), &key)).await
 }
 
 /// The repository's id.
@@ -147,14 +151,7 @@ pub(super) async fn forget(location: &Location, ids: &[String]) -> Result<(), Re
 /// Bytes that all objects have.
 pub(super) async fn size_bytes(location: &Location) -> Result<u64, RepositoryError> {
     let place = Place::of(location);
-    on_a_thread(move || {
-        let storage = place.storage()?;
-        let sum = |kind| storage.list(kind).map(|all| all.iter().map(|(_, bytes)| bytes).sum::<u64>());
-        let sums =
-            [Kind::Pack, Kind::Index, Kind::Snapshot, Kind::Key].map(sum).into_iter().collect::<Result<Vec<_>, _>>();
-        Ok(sums.map_err(ArchiveError::from)?.iter().sum())
-    })
-    .await
+    on_a_thread(move || Ok(place::stored_bytes(place.storage()?.as_ref()).map_err(ArchiveError::from)?)).await
 }
 
 /// Removes every snapshot of a run, and the locks of dead processes. The data that only they used stays until
@@ -172,7 +169,7 @@ pub(super) async fn forget_run(location: &Location, run_uid: &str) -> Result<(),
 }
 
 /// Shared: a removed file of a snapshot harms nobody, and only prune removes data.
-fn locked(archive: &Archive, give_up: Instant) -> Result<HeldLock, RepositoryError> {
+pub(super) fn locked(archive: &Archive, give_up: Instant) -> Result<HeldLock, RepositoryError> {
     loop {
         match HeldLock::take(archive, Sharing::Shared, &Who::this_process(), &clock()) {
             Err(ArchiveError::Locked(_)) if Instant::now() < give_up => std::thread::sleep(LOCK_PAUSE),
@@ -183,7 +180,7 @@ fn locked(archive: &Archive, give_up: Instant) -> Result<HeldLock, RepositoryErr
 
 /// For whoever only reads: a place that takes nothing more, such as a disk that is mounted read-only, is read without a
 /// lock.
-fn locked_to_read(archive: &Archive, give_up: Instant) -> Result<Option<HeldLock>, RepositoryError> {
+pub(super) fn locked_to_read(archive: &Archive, give_up: Instant) -> Result<Option<HeldLock>, RepositoryError> {
     match locked(archive, give_up) {
         Err(RepositoryError::Archive(ArchiveError::Storage(error))) => {
             tracing::warn!(event = "read_without_lock", %error);
@@ -344,16 +341,7 @@ pub(super) async fn restore(
     let restoring = on_a_thread(move || {
         let archive = place.open()?;
         let _lock = locked_to_read(&archive, give_up)?;
-        let listed = snapshots::get(&archive, &parsed(&id)?)?;
-        let index = archive.load_index()?;
-        let options = restore::Options::default();
-        let reader = Reader::new(&archive, &index);
-        let restored =
-            restore::restore(&reader, listed.snapshot.tree, &target, &options, &counters, &AtomicBool::default())?;
-        let restore::Notes { count, mut first } = restored.warnings;
-        let more = count.saturating_sub(first.len() as u64);
-        first.extend((more > 0).then(|| format!("and {more} more like these")));
-        Ok(first)
+        reading::restore(&archive, &parsed(&id)?, &target, &counters, &AtomicBool::default())
     });
     watched(restoring, || restore_progress(&counted), on_progress).await
 }
@@ -392,12 +380,7 @@ pub(super) async fn verify(
         let archive = place.open()?;
         let _lock = locked_to_read(&archive, give_up)?;
         snapshots::get(&archive, &parsed(&id)?)?;
-        let threads = std::thread::available_parallelism().map_or(2, usize::from);
-        let verified = verify::verify(&archive, Extent::All, threads, &counters, &AtomicBool::default());
-        verified.map(drop).map_err(|error| match error {
-            VerifyError::Archive(error) => error.into(),
-            other => RepositoryError::Damaged(other),
-        })
+        reading::verify(&archive, Extent::All, &counters, &AtomicBool::default()).map(drop)
     });
     let progress = || Progress {
         bytes_done: counted.bytes_done.load(Ordering::Relaxed),

@@ -1,7 +1,7 @@
 //! From a destination's settings to the place where a repository's objects lie.
 
 use crate::policy::{DestinationKind, DestinationSettings};
-use crate::storage::{Folder, Limits, S3Place, SftpPlace, Storage, StorageError, s3, sftp};
+use crate::storage::{Folder, Kind, Limits, S3Place, SftpPlace, Storage, StorageError, s3, sftp};
 
 /// Opens the place of the repository `name` at a destination. Remote ones are not spoken to yet.
 ///
@@ -30,6 +30,15 @@ pub fn create(
     open(destination, name, limits)
 }
 
+/// Bytes of all that is stored: packs, indexes, snapshots, keys.
+pub(super) fn stored_bytes(storage: &dyn Storage) -> Result<u64, StorageError> {
+    let mut bytes = 0;
+    for kind in [Kind::Pack, Kind::Index, Kind::Snapshot, Kind::Key] {
+        bytes += storage.list(kind)?.iter().map(|(_, bytes)| bytes).sum::<u64>();
+    }
+    Ok(bytes)
+}
+
 /// Where it is, for people; without secrets.
 pub fn shown(destination: &DestinationSettings, name: &str) -> String {
     match destination.kind {
@@ -39,7 +48,7 @@ pub fn shown(destination: &DestinationSettings, name: &str) -> String {
     }
 }
 
-fn bucket(destination: &DestinationSettings, name: &str) -> S3Place {
+pub(super) fn bucket(destination: &DestinationSettings, name: &str) -> S3Place {
     let region = if destination.region.is_empty() { "us-east-1" } else { &destination.region };
     let prefix = match destination.prefix.is_empty() {
         true => name.to_owned(),
@@ -55,7 +64,7 @@ fn bucket(destination: &DestinationSettings, name: &str) -> S3Place {
     }
 }
 
-fn server(destination: &DestinationSettings, name: &str) -> SftpPlace {
+pub(super) fn server(destination: &DestinationSettings, name: &str) -> SftpPlace {
     SftpPlace {
         host: destination.host.clone(),
         port: destination.port,

@@ -69,6 +69,9 @@ pub struct Link {
     pub because: String,
     /// How far our clock is ahead of the receiver's, in milliseconds, as of the last session.
     pub skew_ms: Option<i64>,
+    /// Fingerprint of the recovery key that the receiver named last, where it is not the one that was typed here. It is
+    /// not followed.
+    pub refused_recovery_key: Option<String>,
 }
 
 /// Why a stream ended.
@@ -178,7 +181,7 @@ impl Session {
             Err(error) => (printable(chain(&error).as_bytes()), own),
         };
         tracing::warn!(event = "session_ended", because, retry_in_ms = pause.as_millis());
-        self.link.send_modify(|link| *link = Link { connected: false, because, skew_ms: link.skew_ms });
+        self.link.send_modify(|link| (link.connected, link.because) = (false, because));
         pause
     }
 

@@ -89,7 +89,9 @@ impl<'a> Stream<'a> {
         heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let skew_ms = session.clock.now_ms() - welcome.now_ms;
         tracing::info!(event = "session_open", server_id = identity.id.server_id, clock_skew_ms = skew_ms);
-        session.link.send_replace(Link { connected: true, because: String::new(), skew_ms: Some(skew_ms) });
+        let refused_recovery_key = refused_recovery_key(session, &welcome.recovery_fingerprint);
+        let because = String::new();
+        session.link.send_replace(Link { connected: true, because, skew_ms: Some(skew_ms), refused_recovery_key });
         let acknowledged = session.store.acknowledged().await?;
         let mut stream = Self {
             session,
@@ -246,6 +248,23 @@ impl<'a> Stream<'a> {
 enum Heard {
     GoOn,
     Renewed,
+}
+
+/// What the receiver takes for the company's recovery key, unless it is the one that was typed on this host. Nobody
+/// follows it: what keys are wrapped for stands in a file of root's. A receiver that names none says nothing.
+fn refused_recovery_key(session: &Session, offered: &str) -> Option<String> {
+    let offered = crate::platform::command::printable(offered.as_bytes());
+    let typed = session.keeper.recovery_fingerprint()?;
+    if offered.is_empty() || offered == typed {
+        return None;
+    }
+    tracing::error!(
+        event = "recovery_key_refused",
+        offered,
+        typed,
+        "the receiver names another recovery key than the one typed here"
+    );
+    Some(offered)
 }
 
 fn ended_by(goodbye: v1::Goodbye) -> SessionError {

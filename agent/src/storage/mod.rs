@@ -19,8 +19,8 @@ use std::fmt;
 
 pub use folder::Folder;
 pub use retry::Limits;
-pub use s3::{S3Place, s3};
-pub use sftp::{SftpPlace, sftp};
+pub use s3::{Credentials, S3Place, s3};
+pub use sftp::{SSH, SftpPlace, sftp};
 
 /// What an object is for; decides the folder that it lies in, as restic's format has it
 /// (<https://restic.readthedocs.io/en/stable/100_references.html>).

@@ -9,7 +9,6 @@
 //! only root can read.
 
 use std::fmt;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -18,7 +17,7 @@ use opendal::services::S3 as Builder;
 use opendal::{Buffer, EntryMode, ErrorKind, HttpTransporter, OperationContext, Operator};
 use serde::Deserialize;
 use tokio_stream::StreamExt as _;
-use zeroize::{Zeroize as _, Zeroizing};
+use zeroize::Zeroize as _;
 
 use super::remote::{Remote, Server};
 use super::retry::{Limits, Trouble};
@@ -197,13 +196,17 @@ fn said(error: &opendal::Error) -> String {
     printable(error.to_string().as_bytes())
 }
 
+/// Who opens a bucket. Has no `Debug`: it is the secret.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Credentials {
-    access_key_id: String,
-    secret_access_key: String,
+pub struct Credentials {
+    /// Its name.
+    pub access_key_id: String,
+    /// What signs.
+    pub secret_access_key: String,
+    /// Where the two are good for a while only.
     #[serde(default)]
-    session_token: Option<String>,
+    pub session_token: Option<String>,
 }
 
 impl Drop for Credentials {
@@ -214,14 +217,14 @@ impl Drop for Credentials {
 }
 
 impl Credentials {
-    fn read(path: &Path) -> Result<Self, StorageError> {
+    /// Reads them.
+    ///
+    /// # Errors
+    /// When the file is not believed, others can read it, or it holds something else.
+    pub fn read(path: &Path) -> Result<Self, StorageError> {
         let shown = path.display();
-        let text = trust::read_text(path, CREDENTIALS_BYTES_MAX).map_err(|e| failed("believe", &shown, chain(&e)))?;
-        let text = Zeroizing::new(text);
-        let mode = std::fs::metadata(path).map_err(|e| failed("look at", &shown, e))?.mode();
-        if mode & 0o077 != 0 {
-            return Err(failed("believe", shown, "others than its owner can read it; `chmod 600` it"));
-        }
+        let text = trust::read_secret(path, CREDENTIALS_BYTES_MAX);
+        let text = text.map_err(|e| failed("believe", &shown, chain(&e)))?;
         // The parser's own words would repeat the line that it stumbles over.
         toml::from_str(&text).map_err(|_| {
             failed("understand", shown, "it must have `access_key_id` and `secret_access_key`, as text in quotes")

@@ -8,6 +8,7 @@
 //! `ssh` asks nothing, reads no settings of a user, knows its servers by one file only, and ends with this process.
 //! All calls share one connection; one that is lost is made anew by the next try.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -32,7 +33,8 @@ use crate::platform::chain;
 use crate::platform::clock::{Clock as _, SystemClock};
 use crate::platform::command::{End, Program, Streams, printable};
 
-const SSH: &str = "/usr/bin/ssh";
+/// The system's ssh.
+pub const SSH: &str = "/usr/bin/ssh";
 /// As in folders.
 const UNFINISHED: &str = "-tmp-";
 const LEFTOVER_AGE: Duration = Duration::from_secs(24 * 60 * 60);
@@ -61,6 +63,33 @@ impl fmt::Display for SftpPlace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { host, port, user, path, .. } = self;
         write!(f, "sftp://{user}@{host}:{port}/{}", path.trim_start_matches('/'))
+    }
+}
+
+impl SftpPlace {
+    /// What [`SSH`] is called with to speak SFTP with this server: it asks nobody, and knows what is named here only.
+    pub fn ssh_arguments(&self) -> Vec<OsString> {
+        // Quiet lines die: ssh itself asks whether the server is still there.
+        const OPTIONS: [&str; 10] = [
+            "BatchMode=yes",
+            "StrictHostKeyChecking=yes",
+            "IdentitiesOnly=yes",
+            "IdentityAgent=none",
+            "GlobalKnownHostsFile=/dev/null",
+            "ForwardAgent=no",
+            "ClearAllForwardings=yes",
+            "ServerAliveInterval=15",
+            "ServerAliveCountMax=4",
+            "UpdateHostKeys=no",
+        ];
+        let mut known_hosts = OsString::from("UserKnownHostsFile=");
+        known_hosts.push(&self.known_hosts);
+        let mut arguments: Vec<OsString> = ["-F", "none", "-T"].map(Into::into).to_vec();
+        OPTIONS.iter().for_each(|option| arguments.extend([OsString::from("-o"), option.into()]));
+        arguments.extend([OsString::from("-o"), known_hosts, "-i".into(), self.identity_file.clone().into()]);
+        arguments.extend([OsString::from("-p"), self.port.to_string().into(), "-l".into(), self.user.clone().into()]);
+        arguments.extend([OsString::from("-s"), "--".into(), self.host.clone().into(), "sftp".into()]);
+        arguments
     }
 }
 
@@ -143,28 +172,12 @@ impl Hindrance {
 }
 
 impl RemoteFolder {
-    fn program(&self) -> Program {
-        let option = |name: &str, value: &std::path::Path| format!("{name}={}", value.display());
-        // Quiet lines die: ssh itself asks whether the server is still there.
-        Program::new(SSH)
-            .args(["-F", "none", "-T", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes"])
-            .args(["-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none", "-o", "GlobalKnownHostsFile=/dev/null"])
-            .args(["-o", "ForwardAgent=no", "-o", "ClearAllForwardings=yes", "-o", "ServerAliveInterval=15"])
-            .args(["-o", "ServerAliveCountMax=4", "-o", "UpdateHostKeys=no"])
-            .arg("-o")
-            .arg(option("UserKnownHostsFile", &self.place.known_hosts))
-            .arg("-i")
-            .arg(&self.place.identity_file)
-            .args(["-p".to_owned(), self.place.port.to_string(), "-l".to_owned(), self.place.user.clone()])
-            .args(["-s", "--", &self.place.host, "sftp"])
-    }
-
     async fn connection(&self) -> Result<Arc<Connection>, Hindrance> {
         let mut slot = self.connection.lock().await;
         if let Some(connection) = &*slot {
             return Ok(connection.clone());
         }
-        let program = self.program();
+        let program = Program::new(SSH).args(self.place.ssh_arguments());
         let limits = self.limits.clone();
         // On the network's own thread: a child dies with the thread that started it.
         let connected = tokio::runtime::Handle::current().spawn(async move { connect(&program, &limits).await });

@@ -192,6 +192,7 @@ async fn admit(parts: &Arc<Parts>, peer: &Peer, line: &mut Line) -> Result<Sessi
         now_ms: parts.clock.now_ms(),
         heartbeat_seconds: u32::try_from(seconds).unwrap_or(u32::MAX),
         inventory_wanted: admitted.inventory_wanted,
+        recovery_fingerprint: admitted.recovery_fingerprint.clone(),
     }))
     .await?;
     parts.counters.sessions_opened.raise();

@@ -4,6 +4,7 @@
 //! 64 for usage, settings and input that an operator has to mend, 1 for everything else. Errors go to standard
 //! error with what to do next and a stable code.
 
+mod keys;
 mod output;
 
 use std::path::PathBuf;
@@ -55,6 +56,9 @@ enum Command {
     /// Enrolled agents
     #[command(subcommand, after_help = "Example:\n  hestner-receiver agent list --company 1")]
     Agent(AgentCommand),
+    /// Keys of repositories, as hosts have told them
+    #[command(subcommand, after_help = "Example:\n  hestner-receiver keys list --server 12")]
+    Keys(keys::KeysCommand),
     /// The audit log
     #[command(subcommand, after_help = "Example:\n  hestner-receiver audit verify")]
     Audit(AuditCommand),
@@ -72,6 +76,20 @@ enum CompanyCommand {
     Add {
         /// Its name
         name: String,
+        /// File with one age recipient (age1...)
+        #[arg(long, value_name = "FILE")]
+        recovery_key: PathBuf,
+        #[command(flatten)]
+        output: Json,
+    },
+    /// Put another recovery key in the place of a company's: hosts that enrol from now on compare this one
+    #[command(
+        after_help = "Example:\n  hestner-receiver company set-recovery-key 1 --recovery-key new.pub\n\nHosts that are enrolled go on with the old one, and say so (`recovery_key_refused`), until somebody types the new\nfingerprint on each: hestner-agent recovery-key set"
+    )]
+    SetRecoveryKey {
+        /// The company
+        #[arg(value_name = "ID")]
+        company: i64,
         /// File with one age recipient (age1...)
         #[arg(long, value_name = "FILE")]
         recovery_key: PathBuf,
@@ -274,6 +292,10 @@ async fn work(opened: &Opened, command: Command, clock: &SharedClock) -> Result<
         Command::Company(CompanyCommand::Add { name, recovery_key, output }) => {
             add_company(opened, &name, &recovery_key, output).await
         }
+        Command::Company(CompanyCommand::SetRecoveryKey { company, recovery_key, output }) => {
+            set_recovery_key(opened, company, &recovery_key, output).await
+        }
+        Command::Keys(command) => keys::run(opened, operator(), command).await,
         Command::Company(CompanyCommand::List { output }) => list_companies(opened, output).await,
         Command::Token(TokenCommand::Create { company, server, ttl, output }) => {
             create_token(opened, CompanyId(company), server.map(ServerId), ttl, output).await
@@ -300,6 +322,19 @@ async fn add_company(opened: &Opened, name: &str, key: &std::path::Path, output:
     println!("company {} added: {}", added.id, name.trim());
     println!("recovery key's fingerprint, to be typed on each host: {}", added.recovery_fingerprint);
     println!("next: hestner-receiver token create --company {}", added.id);
+    Ok(())
+}
+
+async fn set_recovery_key(opened: &Opened, id: i64, key: &std::path::Path, output: Json) -> Result<(), Failure> {
+    let text = files::read_text(key)?.ok_or_else(|| Failure::NoFile(key.to_owned()))?;
+    let fingerprint = opened.fleet.set_recovery_key(operator(), CompanyId(id), &text).await?;
+    if output.json {
+        return print_json(&serde_json::json!({ "id": id, "recovery_fingerprint": fingerprint }));
+    }
+    println!("recovery key's fingerprint of company {id}, to be typed on each host: {fingerprint}");
+    println!(
+        "next, on each host: hestner-agent recovery-key set --recovery-key FILE --recovery-fingerprint {fingerprint}"
+    );
     Ok(())
 }
 

@@ -32,6 +32,10 @@ pub(super) enum Failure {
     Auth(#[from] auth::Error),
     #[error("there is no file {0}")]
     NoFile(PathBuf),
+    #[error("there is a file {0} already")]
+    FileExists(PathBuf),
+    #[error("server {server} has told no key, or several, of a repository `{repository}`")]
+    NoRepositoryKey { server: i64, repository: String },
     #[error("there is no company {0}")]
     NoCompany(i64),
     #[error("cannot start the runtime")]
@@ -77,6 +81,8 @@ impl Failure {
                 ca::Error::KeyMissing(_) | ca::Error::File(_) | ca::Error::Malformed { .. },
             )) => ("ca_unusable", "bring STATE/ca back from a backup; agents trust no other authority", MEND),
             Self::NoFile(_) => ("file_missing", "name an existing file", MEND),
+            Self::FileExists(_) => ("file_exists", "name a file that does not exist yet", MEND),
+            Self::NoRepositoryKey { .. } => ("not_found", "`hestner-receiver keys list` shows them", MEND),
             Self::NoCompany(_)
             | Self::Enrolment(enrolment::Error::NoSuch(_))
             | Self::Fleet(fleet::Error::NotFound(_)) => {

@@ -31,6 +31,8 @@ pub struct Admitted {
     pub company: CompanyId,
     /// Whether the stored inventory is another than the one the agent has sent last.
     pub inventory_wanted: bool,
+    /// Of the company's recovery key; the host says so when it is not the one that was typed there.
+    pub recovery_fingerprint: String,
 }
 
 /// An agent that was not let in.
@@ -100,12 +102,14 @@ impl Enrolment {
             tx.append_audit(promoted(&standing, peer, now_ms)).await?;
         }
         tx.greet(standing.id, &peer.spki_sha256, hello, now_ms).await?;
+        let company = tx.company(standing.company).await?;
         tx.commit().await?;
         let held = standing.inventory_hash.unwrap_or_default();
         Ok(Admitted {
             server: standing.id,
             company: standing.company,
             inventory_wanted: held.is_empty() || held != hello.inventory_hash,
+            recovery_fingerprint: company.map(|company| company.recovery_fingerprint).unwrap_or_default(),
         })
     }
 

@@ -1,4 +1,4 @@
-//! Adding a company, with the public half of a recovery key that was made offline.
+//! Adding a company, with the public half of a recovery key that was made offline, and changing that key.
 //!
 //! In: a name and the text of a key file. Out: the company and the fingerprint that hosts compare. A file that holds
 //! the secret half is refused with a message: whoever has it can open every repository of the company, so it must
@@ -39,6 +39,22 @@ impl Fleet {
         let details = serde_json::json!({ "name": name, "recovery_fingerprint": fingerprint });
         change.commit(Some(id), "company_added", format!("company:{id}"), details).await?;
         Ok(NewCompany { id, recovery_fingerprint: fingerprint })
+    }
+
+    /// Puts another recovery key in the place of a company's. Hosts that enrol from now on compare this one; hosts that
+    /// are enrolled keep wrapping for theirs until somebody types the new fingerprint there. Returns it.
+    ///
+    /// # Errors
+    /// [`Error::RecoveryKey`], [`Error::NotFound`], or the store's.
+    pub async fn set_recovery_key(&self, actor: Actor, company: CompanyId, key_file: &str) -> Result<String, Error> {
+        let recipient = read_recipient(key_file)?;
+        let fingerprint = recovery_fingerprint(&recipient);
+        let mut change = self.store.change(actor, self.clock.now_ms()).await?;
+        let before = change.company(company).await?.ok_or(Error::NotFound("company"))?;
+        change.set_recovery_key(company, &recipient, &fingerprint).await?;
+        let details = serde_json::json!({ "before": before.recovery_fingerprint, "recovery_fingerprint": fingerprint });
+        change.commit(Some(company), "recovery_key_changed", format!("company:{company}"), details).await?;
+        Ok(fingerprint)
     }
 }
 

@@ -7,6 +7,7 @@
 pub mod companies;
 pub mod directives;
 pub mod housekeeping;
+pub mod keys;
 pub mod overview;
 
 use crate::auth::Caller;

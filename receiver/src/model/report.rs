@@ -6,6 +6,8 @@
 
 use hestner_proto::v1;
 use prost::Message as _;
+use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::run::{ReportedRun, cut, number};
 
@@ -100,6 +102,25 @@ pub enum EscrowedKey {
     Wrapped(Vec<u8>),
     /// The password itself.
     Open(String),
+}
+
+/// A repository's key as it is shown. The password of an open one is not in it.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct KeptKey {
+    /// Whose repository it is.
+    pub server_id: i64,
+    /// The repository it opens.
+    pub repository_id: String,
+    /// The destination's name on the host.
+    pub destination: String,
+    /// `wrapped`: only the company's recovery key opens it. `open`: the receiver holds the password.
+    pub form: &'static str,
+    /// SHA-256 of the wrapped key, as hex; `null` for an open one.
+    pub sha256: Option<String>,
+    /// The wrapped key, as base64: what lies as `hestner-key.age` beside the repository; `null` for an open one.
+    pub wrapped: Option<String>,
+    /// RFC 3339.
+    pub received_at: String,
 }
 
 impl std::fmt::Debug for RepositoryKey {

@@ -15,6 +15,7 @@ use crate::fleet::ServerFilter;
 use crate::model::cost::MonthlyCosts;
 use crate::model::problem::Problem;
 use crate::model::range::Range;
+use crate::model::report::KeptKey;
 use crate::model::server::{Company, Overview, Server, ServerStatus, Service};
 use crate::model::times::Month;
 use crate::model::{CompanyId, ServerId};
@@ -96,6 +97,19 @@ pub(super) async fn services(
     Path(server): Path<i64>,
 ) -> Answer<Items<Service>> {
     Ok(Json(Items { items: state.fleet.services(caller, ServerId(server)).await? }))
+}
+
+/// Keys of a server's repositories as its host has told them. A wrapped one opens with the company's recovery key only;
+/// the password of an open one is not shown.
+#[utoipa::path(get, path = "/v1/servers/{server_id}/repository-keys", tag = "servers",
+    params(("server_id" = i64, Path)),
+    responses((status = 200, body = Items<KeptKey>), (status = "default", body = Problem, content_type = "application/problem+json")))]
+pub(super) async fn repository_keys(
+    Shared(state): Shared<State>,
+    Authenticated(caller): Authenticated,
+    Path(server): Path<i64>,
+) -> Answer<Items<KeptKey>> {
+    Ok(Json(Items { items: state.fleet.repository_keys(caller, ServerId(server)).await? }))
 }
 
 #[derive(Debug, Deserialize, IntoParams)]

@@ -97,6 +97,7 @@ fn router() -> OpenApiRouter<State> {
         .routes(routes!(fleet::servers))
         .routes(routes!(fleet::overview))
         .routes(routes!(fleet::services))
+        .routes(routes!(fleet::repository_keys))
         .routes(routes!(fleet::costs))
         .routes(routes!(snapshots::request, snapshots::list))
         .routes(routes!(snapshots::one))

@@ -97,6 +97,21 @@ impl Tx {
         Ok(row.map(|row| CompanyId(row.get(0))))
     }
 
+    /// Puts another recovery key in the place of a company's.
+    ///
+    /// # Errors
+    /// When the row cannot be written.
+    pub async fn set_recovery_key(&mut self, id: CompanyId, recipient: &str, fingerprint: &str) -> Result<()> {
+        sqlx::query("UPDATE companies SET recovery_recipient = ?2, recovery_fingerprint = ?3 WHERE id = ?1")
+            .bind(id.0)
+            .bind(recipient)
+            .bind(fingerprint)
+            .execute(self.connection())
+            .await
+            .during("change a recovery key")?;
+        Ok(())
+    }
+
     /// The company, inside this transaction.
     ///
     /// # Errors

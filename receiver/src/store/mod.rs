@@ -10,6 +10,7 @@
 pub mod audit;
 pub mod companies;
 pub mod directives;
+pub mod keys;
 pub mod ledger;
 pub mod policies;
 pub mod reports;

@@ -1,7 +1,6 @@
 //! The memory of reports: which numbers of which outbox are committed, and with what content.
 //!
-//! Also the small reports that are one row each: usage and repository keys. There is deliberately no
-//! function here that reads a key back.
+//! Also the small reports that are one row each: usage and repository keys (`keys` reads those back).
 
 use sqlx::Row as _;
 

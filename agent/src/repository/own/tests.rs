@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 
 use super::*;
 use crate::policy::How;
+use crate::repository::restore::Reader;
 use crate::storage::{Folder, Kind, Object, Storage, StorageError};
 
 const CHEAP: Cost = Cost { log_n: 10, r: 8, p: 1 };
