@@ -25,6 +25,7 @@ mod inventory;
 mod journey;
 mod kinds;
 mod notify;
+mod resume;
 mod separation;
 mod storage;
 mod thaw;

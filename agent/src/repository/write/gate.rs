@@ -2,8 +2,6 @@
 //!
 //! [`Whole`] has no constructor but [`Whole::of`], which takes the proofs by value.
 
-use std::collections::HashSet;
-
 use crate::format::Id;
 use crate::format::snapshot::Snapshot;
 use crate::storage::{Kind, Object};
@@ -66,39 +64,17 @@ pub(super) fn commit(
     let Draft { mut snapshot, bytes, bytes_read, files } = draft;
     snapshot.tree = whole.tree;
     let plain = snapshot.to_bytes()?;
-    let before: HashSet<String> = names(archive)?.collect();
     if !lock.is_held() {
         return Err(ArchiveError::LockLost);
     }
     if cancel.is_cancelled() {
         return Err(ArchiveError::Cancelled);
     }
-    let (object, size) = match archive.write_file(Kind::Snapshot, &plain) {
-        Ok(written) => written,
-        Err(error) => {
-            withdraw(archive, &plain, &before);
-            return Err(error);
-        }
-    };
+    // A snapshot whose put failed would be whole if it is there, but nobody would know of it.
+    let (object, size) = archive.write_file_or_withdraw(Kind::Snapshot, &plain)?;
     let id = object.name.parse()?;
     let mut objects = whole.objects;
     objects.push((object, size));
     let parent = snapshot.parent;
     Ok(Stored { snapshot: id, tree: whole.tree, parent, bytes, bytes_read, files, vanished: whole.vanished, objects })
-}
-
-fn names(archive: &Archive) -> Result<impl Iterator<Item = String>, ArchiveError> {
-    Ok(archive.storage().list(Kind::Snapshot)?.into_iter().map(|(name, _)| name))
-}
-
-/// After a put that failed the object may be there all the same. The snapshot would be whole, but nobody would
-/// know of it; it is removed where that is allowed.
-fn withdraw(archive: &Archive, plain: &[u8], before: &HashSet<String>) {
-    let Ok(now) = names(archive) else { return };
-    for name in now.filter(|name| !before.contains(name)) {
-        if archive.read_file(Kind::Snapshot, &name).is_ok_and(|found| found == plain) {
-            let removed = archive.storage().remove(&Object::new(Kind::Snapshot, name.as_str()));
-            tracing::warn!(event = "snapshot_withdrawn", snapshot = %name, removed = removed.is_ok());
-        }
-    }
 }

@@ -27,6 +27,7 @@ mod pack;
 mod parent;
 mod pipeline;
 mod read;
+mod step;
 mod stream;
 mod tools;
 mod walk;
@@ -132,6 +133,8 @@ pub struct Options {
     pub workers: NonZeroUsize,
     /// Packs that are put at once; each takes its size of memory.
     pub uploads: NonZeroUsize,
+    /// A pack is closed when it has at least so many bytes.
+    pub pack_bytes: usize,
 }
 
 impl Options {
@@ -147,6 +150,7 @@ impl Options {
             level: 2,
             workers: std::thread::available_parallelism().unwrap_or(one),
             uploads: one.saturating_add(1),
+            pack_bytes: pack::PACK_BYTES,
         }
     }
 }
