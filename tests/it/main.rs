@@ -30,6 +30,7 @@ mod notify;
 mod prune;
 mod recover;
 mod recovery_key;
+mod resume;
 mod separation;
 mod storage;
 mod thaw;

@@ -144,7 +144,7 @@ fn write(archive: &Archive, sharing: Sharing, who: &Who, clock: &SharedClock) ->
         uid: Some(who.uid),
         gid: Some(who.gid),
     };
-    archive.write_file(Kind::Lock, &lock.to_bytes()?)
+    archive.write_file_or_withdraw(Kind::Lock, &lock.to_bytes()?)
 }
 
 fn refuse_conflicts(archive: &Archive, sharing: Sharing, who: &Who, own: Option<&str>) -> Result<(), ArchiveError> {

@@ -219,11 +219,30 @@ impl Archive {
     /// # Errors
     /// When the place fails.
     pub fn write_file(&self, kind: Kind, plain: &[u8]) -> Result<(Object, u64), ArchiveError> {
-        let nonce: [u8; NONCE_BYTES] = random()?;
-        let sealed = self.cipher.seal(&nonce, &wrap_file(plain)?);
-        let object = Object::new(kind, Id::of(&sealed).to_hex());
+        let (object, sealed) = self.seal_file(kind, plain)?;
         self.storage.put(&object, &sealed)?;
         Ok((object, sealed.len() as u64))
+    }
+
+    /// As [`Self::write_file`], for what must not be there if this fails: after a put that failed the object may be
+    /// there all the same, and is removed where that is allowed.
+    ///
+    /// # Errors
+    /// As [`Self::write_file`].
+    pub(super) fn write_file_or_withdraw(&self, kind: Kind, plain: &[u8]) -> Result<(Object, u64), ArchiveError> {
+        let (object, sealed) = self.seal_file(kind, plain)?;
+        if let Err(error) = self.storage.put(&object, &sealed) {
+            let removed = self.storage.remove(&object);
+            tracing::warn!(event = "withdrawn", %object, removed = removed.is_ok());
+            return Err(error.into());
+        }
+        Ok((object, sealed.len() as u64))
+    }
+
+    fn seal_file(&self, kind: Kind, plain: &[u8]) -> Result<(Object, Vec<u8>), ArchiveError> {
+        let nonce: [u8; NONCE_BYTES] = random()?;
+        let sealed = self.cipher.seal(&nonce, &wrap_file(plain)?);
+        Ok((Object::new(kind, Id::of(&sealed).to_hex()), sealed))
     }
 
     /// All index files as one index. Packs that are not there, or are shorter than what is said to lie in them,

@@ -163,17 +163,15 @@ impl Worker {
 
     /// Whoever was killed does not say why; the control group knows.
     fn explained(&self, failure: Failure) -> Failure {
-        let who = match failure.class {
-            ErrorClass::WorkerKilled => "the worker",
-            ErrorClass::ArchiverKilled => "the archiver",
-            _ => return failure,
-        };
+        if failure.class != ErrorClass::WorkerKilled {
+            return failure;
+        }
         if self.group.as_ref().is_none_or(|group| group.killed_for_memory() == 0) {
             return failure;
         }
         let most = Size::of_bytes(self.memory_bytes_max);
         let message = format!(
-            "{who} was out of memory and was killed: it needed more than the {most} that it may have; raise `memory_max` \
+            "the worker was out of memory and was killed: it needed more than the {most} that it may have; raise `memory_max` \
              under [worker] in agent.toml"
         );
         Failure { message, ..failure }

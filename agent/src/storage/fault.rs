@@ -21,6 +21,19 @@ pub enum Fault {
     Hang,
     /// It panics.
     Panic,
+    /// The action of [`Faulty::doing`] comes first, and then the call goes on: something happens at just this moment.
+    Act,
+    /// The action comes when the call has had its effect.
+    ActAfter,
+}
+
+/// What happens at the chosen call.
+struct Action(Box<dyn Fn() + Send + Sync>);
+
+impl std::fmt::Debug for Action {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Action")
+    }
 }
 
 /// A place with a fault.
@@ -31,6 +44,7 @@ pub struct Faulty<S> {
     fault: Fault,
     /// Whether every call from the chosen one on does it.
     goes_on: bool,
+    action: Action,
     calls: AtomicU64,
     has_hung: AtomicBool,
     released: (Mutex<bool>, Condvar),
@@ -44,6 +58,7 @@ impl<S: Storage> Faulty<S> {
             at,
             fault,
             goes_on: false,
+            action: Action(Box::new(|| {})),
             calls: AtomicU64::new(0),
             has_hung: AtomicBool::new(false),
             released: (Mutex::new(false), Condvar::new()),
@@ -54,6 +69,13 @@ impl<S: Storage> Faulty<S> {
     #[must_use]
     pub fn and_all_after(mut self) -> Self {
         self.goes_on = true;
+        self
+    }
+
+    /// What [`Fault::Act`] and [`Fault::ActAfter`] do.
+    #[must_use]
+    pub fn doing(mut self, action: impl Fn() + Send + Sync + 'static) -> Self {
+        self.action = Action(Box::new(action));
         self
     }
 
@@ -107,6 +129,15 @@ impl<S: Storage> Faulty<S> {
                     released = self.released.1.wait(released).unwrap_or_else(PoisonError::into_inner);
                 }
                 Err(error())
+            }
+            (Fault::Act, _) => {
+                (self.action.0)();
+                work()
+            }
+            (Fault::ActAfter, _) => {
+                let done = work();
+                (self.action.0)();
+                done
             }
             (Fault::Panic, _) => panic!("call {call} was asked to panic: {operation} {what}"),
         }

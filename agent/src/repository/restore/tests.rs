@@ -20,6 +20,11 @@ use crate::repository::open::Archive;
 use crate::repository::snapshots;
 use crate::storage::Folder as Place;
 
+/// A folder as an entry.
+pub(in crate::repository) fn folder_node(name: &str, subtree: Id) -> crate::format::tree::Node {
+    memory::folder(name, subtree)
+}
+
 /// Writes a file, as tests may.
 pub(in crate::repository) fn write(path: &Path, bytes: &[u8]) {
     File::create(path).unwrap().write_all(bytes).unwrap();

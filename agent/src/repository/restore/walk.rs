@@ -49,7 +49,7 @@ struct Level {
 }
 
 /// Entries that may stand in folders which were met before, beside [`REPEATS_MAX`] times all others.
-const REPEATED_MIN: u64 = 10_000;
+const REPEATED_MIN: u64 = 2_000;
 /// How often a folder may stand in the tree, on average: what is mounted twice in a source does.
 const REPEATS_MAX: u64 = 8;
 

@@ -4,8 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::*;
+use crate::format::BlobKind;
+use crate::format::index::{Index, IndexedPack};
 use crate::repository::restore::tests::{Stock, write};
 use crate::repository::snapshots;
+use crate::storage::{Kind, Object};
 
 fn verify_all(stock: &Stock, extent: Extent) -> Result<Verified, VerifyError> {
     verify(&stock.open(), extent, 2, &Counters::default(), &AtomicBool::new(false))
@@ -110,6 +113,59 @@ fn damaged_index_and_snapshot_are_named() {
         let told = complaint(&stock, Extent::Structure);
         assert!(told.contains(&format!("{folder}/{}", name(&file))), "{told}");
     }
+}
+
+/// Puts a pack with trees, an index file that names it, and a snapshot of the last tree.
+fn plant(stock: &Stock, trees: &[Vec<u8>]) {
+    use crate::format::pack::{PackedBlob, footer};
+    let archive = stock.open();
+    let (mut bytes, mut blobs) = (Vec::new(), Vec::new());
+    for tree in trees {
+        let sealed = archive.cipher().seal(&[7; 16], tree);
+        let (offset, length) = (bytes.len() as u32, sealed.len() as u32);
+        blobs.push(PackedBlob { kind: BlobKind::Tree, id: Id::of(tree), offset, length, raw_length: None });
+        bytes.extend_from_slice(&sealed);
+    }
+    bytes.extend_from_slice(&footer(archive.cipher(), &[8; 16], &blobs));
+    let pack = IndexedPack { id: Id::of(&bytes), blobs };
+    archive.storage().put(&Object::new(Kind::Pack, pack.id.to_hex()), &bytes).unwrap();
+    let index = Index { supersedes: Vec::new(), packs: vec![pack] };
+    archive.write_file(Kind::Index, &index.to_bytes().unwrap()).unwrap();
+    let mut snapshot = snapshots::list(&archive).unwrap().remove(0).snapshot;
+    snapshot.tree = Id::of(trees.last().unwrap());
+    archive.write_file(Kind::Snapshot, &snapshot.to_bytes().unwrap()).unwrap();
+}
+
+fn folder_tree(names: &[&str], below: &[u8]) -> Vec<u8> {
+    let subtree = Id::of(below);
+    let nodes = names.iter().map(|name| crate::repository::restore::tests::folder_node(name, subtree));
+    crate::format::tree::to_bytes(nodes.collect())
+}
+
+#[test]
+fn tree_that_names_one_folder_again_and_again_is_read_once() {
+    let stock = stored();
+    let mut trees = vec![crate::format::tree::to_bytes(Vec::new())];
+    for _ in 0..60 {
+        let above = folder_tree(&["a", "b"], trees.last().unwrap());
+        trees.push(above);
+    }
+    plant(&stock, &trees);
+    let before = verify_all(&stored(), Extent::Structure).unwrap().trees;
+    assert_eq!(verify_all(&stock, Extent::Structure).unwrap().trees, before + 61);
+}
+
+#[test]
+fn folders_without_end_are_a_finding() {
+    let stock = stored();
+    let mut trees = vec![crate::format::tree::to_bytes(Vec::new())];
+    for _ in 0..2500 {
+        let above = folder_tree(&["d"], trees.last().unwrap());
+        trees.push(above);
+    }
+    plant(&stock, &trees);
+    let told = complaint(&stock, Extent::Structure);
+    assert!(told.contains("folders are deeper than 2048"), "{told}");
 }
 
 #[test]

@@ -12,6 +12,7 @@ use std::sync::{PoisonError, RwLock};
 use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
+use super::step::step;
 use crate::format::Timestamp;
 use crate::format::tree::{Attribute, Node, NodeKind};
 
@@ -87,6 +88,7 @@ pub(super) fn path_of(folder: &Path, name: &[u8]) -> PathBuf {
 /// Opens a file or folder in a folder: never through a link, without touching its time of access where that is
 /// allowed, and without waiting for the other end of what turns out to be a pipe.
 pub(super) fn open_at(folder: BorrowedFd<'_>, name: &[u8], more: OFlags) -> Result<std::os::fd::OwnedFd, Errno> {
+    step()?;
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NOCTTY | OFlags::CLOEXEC | more;
     match rustix::fs::openat(folder, name, flags | OFlags::NONBLOCK | OFlags::NOATIME, Mode::empty()) {
         // Only the owner may ask for the time to be left alone.
@@ -140,6 +142,7 @@ fn all(
 
 /// Bytes of a call that wants a buffer that is big enough; the kernel's limit is 64 KiB.
 fn whole(call: impl Fn(&mut [u8]) -> Result<usize, Errno>) -> Result<Vec<u8>, Errno> {
+    step()?;
     let mut small = [0_u8; 512];
     match call(&mut small) {
         Ok(length) => return Ok(small.get(..length).unwrap_or_default().to_vec()),

@@ -2,7 +2,7 @@
 //!
 //! [`Whole`] has no constructor but [`Whole::of`], which takes the proofs by value.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use crate::format::Id;
 use crate::format::snapshot::Snapshot;
@@ -66,7 +66,6 @@ pub(super) fn commit(
     let Draft { mut snapshot, bytes, bytes_read, files } = draft;
     snapshot.tree = whole.tree;
     let plain = snapshot.to_bytes()?;
-    let before: HashSet<String> = names(archive)?.collect();
     all_there(archive, &whole.objects)?;
     if !lock.is_held() {
         return Err(ArchiveError::LockLost);
@@ -74,13 +73,8 @@ pub(super) fn commit(
     if cancel.is_cancelled() {
         return Err(ArchiveError::Cancelled);
     }
-    let (object, size) = match archive.write_file(Kind::Snapshot, &plain) {
-        Ok(written) => written,
-        Err(error) => {
-            withdraw(archive, &plain, &before);
-            return Err(error);
-        }
-    };
+    // A snapshot whose put failed would be whole if it is there, but nobody would know of it.
+    let (object, size) = archive.write_file_or_withdraw(Kind::Snapshot, &plain)?;
     prove::read_back(archive, &object, size)?;
     let id = object.name.parse()?;
     let mut objects = whole.objects;
@@ -98,21 +92,5 @@ fn all_there(archive: &Archive, objects: &[(Object, u64)]) -> Result<(), Archive
     match objects.iter().find(|(object, bytes)| there.get(&object.name) != Some(bytes)) {
         None => Ok(()),
         Some((object, _)) => Err(ArchiveError::Broken(format!("{object} was stored and is gone"))),
-    }
-}
-
-fn names(archive: &Archive) -> Result<impl Iterator<Item = String>, ArchiveError> {
-    Ok(archive.storage().list(Kind::Snapshot)?.into_iter().map(|(name, _)| name))
-}
-
-/// After a put that failed the object may be there all the same. The snapshot would be whole, but nobody would
-/// know of it; it is removed where that is allowed.
-fn withdraw(archive: &Archive, plain: &[u8], before: &HashSet<String>) {
-    let Ok(now) = names(archive) else { return };
-    for name in now.filter(|name| !before.contains(name)) {
-        if archive.read_file(Kind::Snapshot, &name).is_ok_and(|found| found == plain) {
-            let removed = archive.storage().remove(&Object::new(Kind::Snapshot, name.as_str()));
-            tracing::warn!(event = "snapshot_withdrawn", snapshot = %name, removed = removed.is_ok());
-        }
     }
 }

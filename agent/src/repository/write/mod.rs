@@ -30,6 +30,7 @@ mod parent;
 mod pipeline;
 mod prove;
 mod read;
+mod step;
 mod stream;
 mod tools;
 mod walk;
@@ -144,6 +145,8 @@ pub struct Options {
     pub workers: NonZeroUsize,
     /// Packs that are put at once; each takes its size of memory.
     pub uploads: NonZeroUsize,
+    /// A pack is closed when it has at least so many bytes.
+    pub pack_bytes: usize,
 }
 
 impl Options {
@@ -159,6 +162,7 @@ impl Options {
             level: 2,
             workers: std::thread::available_parallelism().unwrap_or(one),
             uploads: one.saturating_add(1),
+            pack_bytes: pack::PACK_BYTES,
         }
     }
 }

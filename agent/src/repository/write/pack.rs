@@ -19,10 +19,10 @@ use super::gate::Put;
 use super::pipeline::{Pipeline, Stop};
 use super::prove;
 
-/// A pack is closed when it is at least so big.
-const PACK_BYTES: usize = 16 * 1024 * 1024;
+/// A pack is closed when it is at least so big, as restic has it.
+pub(super) const PACK_BYTES: usize = 16 * 1024 * 1024;
 /// Room for what comes with the blob that closes it.
-const PACK_CAPACITY: usize = PACK_BYTES + 1024 * 1024;
+const PACK_ROOM: usize = 1024 * 1024;
 /// An index file is written after so many packs, so that half a gigabyte is the most that the next run must read to
 /// take in what a crash left.
 const INDEX_PACKS_MAX: usize = 32;
@@ -38,6 +38,7 @@ pub(super) struct Filled {
 #[derive(Debug)]
 pub(super) struct Packer {
     current: Mutex<Filled>,
+    bytes_min: usize,
     closed: Sender<Filled>,
     empty: Receiver<Vec<u8>>,
 }
@@ -52,15 +53,15 @@ pub(super) struct Sealed<'b> {
 }
 
 impl Packer {
-    pub(super) fn new(closed: Sender<Filled>, empty: Receiver<Vec<u8>>) -> Self {
-        Self { current: Mutex::default(), closed, empty }
+    pub(super) fn new(bytes_min: usize, closed: Sender<Filled>, empty: Receiver<Vec<u8>>) -> Self {
+        Self { current: Mutex::default(), bytes_min, closed, empty }
     }
 
     /// Adds a blob; waits while the uploaders are behind.
     pub(super) fn add(&self, blob: Sealed<'_>) -> Result<(), Stop> {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         if current.bytes.capacity() == 0 {
-            current.bytes = self.empty.try_recv().unwrap_or_else(|_| Vec::with_capacity(PACK_CAPACITY));
+            current.bytes = self.empty.try_recv().unwrap_or_else(|_| Vec::with_capacity(self.bytes_min + PACK_ROOM));
         }
         let (Ok(offset), Ok(length)) = (u32::try_from(current.bytes.len()), u32::try_from(blob.bytes.len())) else {
             return Err(Stop);
@@ -69,7 +70,7 @@ impl Packer {
         current.bytes.extend_from_slice(blob.bytes);
         let Sealed { kind, id, raw_length, .. } = blob;
         current.blobs.push(PackedBlob { kind, id, offset, length, raw_length });
-        if current.bytes.len() >= PACK_BYTES || current.blobs.len() >= BLOBS_MAX {
+        if current.bytes.len() >= self.bytes_min || current.blobs.len() >= BLOBS_MAX {
             self.closed.send(std::mem::take(&mut current)).map_err(|_| Stop)?;
         }
         Ok(())

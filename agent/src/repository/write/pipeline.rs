@@ -23,7 +23,7 @@ use super::gate::{Draft, Ended, Whole};
 use super::pack::{self, Filled, Ledger, Packer};
 use super::tools::Tools;
 use super::work::{self, Batch, Piece, Queues};
-use super::{Cancel, Counters, Files, Options, Source, adopt, parent, stream, walk};
+use super::{Cancel, Counters, Files, Options, Source, adopt, parent, step, stream, walk};
 
 /// Names of unreadable entries that are kept.
 const NAMES_MAX: usize = super::super::UNREADABLE_NAMES_MAX;
@@ -123,8 +123,8 @@ pub(super) fn run(
         archive,
         index,
         cutter: Cutter::new(archive.config().polynomial),
-        data: Packer::new(closed.clone(), empty.clone()),
-        trees: Packer::new(closed.clone(), empty),
+        data: Packer::new(options.pack_bytes, closed.clone(), empty.clone()),
+        trees: Packer::new(options.pack_bytes, closed.clone(), empty),
         names: Names::default(),
         ledger: Mutex::new(Ledger::of(adopted)),
         root: Mutex::default(),
@@ -233,6 +233,11 @@ fn spawn<'scope>(
     scope: &'scope std::thread::Scope<'scope, '_>,
     work: impl FnOnce() + Send + 'scope,
 ) -> Option<ScopedJoinHandle<'scope, ()>> {
+    let steps = step::of_this_thread();
+    let work = move || {
+        steps.go_on_here();
+        work();
+    };
     let started = std::thread::Builder::new().name("store".to_owned()).spawn_scoped(scope, work);
     started.map_err(|error| pipeline.fail(ArchiveError::Broken(format!("no thread: {error}")))).ok()
 }

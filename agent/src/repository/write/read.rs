@@ -15,6 +15,7 @@ use crate::format::{BlobKind, Id};
 use super::chunk::{BYTES_LOOK, BYTES_MAX, BYTES_MIN};
 use super::entry::{attributes, attributes_at, file_type, node, open_at, path_of};
 use super::pipeline::{Pipeline, REPLACED, Stop};
+use super::step::step;
 use super::tools::Tools;
 use super::work::{Batch, BigFile, Listed, Piece, Queues};
 
@@ -47,9 +48,11 @@ pub(super) fn batch(pipeline: &Pipeline<'_>, tools: &mut Tools, queues: &Queues,
 /// A link, a device or a pipe. A file or folder that has come in its place meanwhile counts as replaced.
 fn other(pipeline: &Pipeline<'_>, tools: &mut Tools, batch: &Batch, listed: &Listed) -> Entry<()> {
     let folder = batch.handle.as_fd();
-    let looked = rustix::fs::statat(folder, listed.name.as_slice(), AtFlags::SYMLINK_NOFOLLOW).and_then(|stat| {
+    let looked = step().and_then(|()| rustix::fs::statat(folder, listed.name.as_slice(), AtFlags::SYMLINK_NOFOLLOW));
+    let looked = looked.and_then(|stat| {
         let kind = match file_type(&stat) {
             FileType::Symlink => {
+                step()?;
                 let target = rustix::fs::readlinkat(folder, listed.name.as_slice(), Vec::new())?;
                 NodeKind::Symlink { target: target.into_bytes() }
             }
@@ -82,6 +85,7 @@ fn is_elsewhere(batch: &Batch, stat: &Stat) -> bool {
 
 fn file(pipeline: &Pipeline<'_>, tools: &mut Tools, queues: &Queues, batch: &Batch, listed: &Listed) -> Entry<()> {
     let opened = open_at(batch.handle.as_fd(), &listed.name, OFlags::empty()).and_then(|file| {
+        step()?;
         let stat = rustix::fs::fstat(&file)?;
         match file_type(&stat) {
             FileType::RegularFile => Ok((attributes(file.as_fd())?, file, stat)),
@@ -155,6 +159,7 @@ fn read_small(file: BorrowedFd<'_>, buffer: &mut Vec<u8>, size: u64) -> Result<b
     let expected = usize::try_from(size).unwrap_or(0);
     buffer.reserve(expected.max(KERNEL_FILE_BYTES));
     loop {
+        step()?;
         let end = rustix::io::retry_on_intr(|| rustix::io::read(file, spare_capacity(buffer)))? == 0;
         if end || (expected > 0 && buffer.len() == expected) {
             return Ok(true);
@@ -190,6 +195,7 @@ struct Sparse<'f> {
 
 impl Bytes for Sparse<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        step()?;
         Ok(rustix::io::retry_on_intr(|| rustix::io::read(self.file, &mut *into))?)
     }
 
@@ -197,6 +203,7 @@ impl Bytes for Sparse<'_> {
         if !self.has_holes {
             return Ok(0);
         }
+        step()?;
         let at = rustix::fs::tell(self.file)?;
         let data = match rustix::fs::seek(self.file, SeekFrom::Data(at)) {
             Ok(data) => data,

@@ -24,10 +24,13 @@ use super::entry::{attributes, file_type, node, open_at, path_of};
 use super::folder::{Above, Folder};
 use super::parent::{Known, Reader};
 use super::pipeline::{Pipeline, Stop};
+use super::step::step;
 use super::tools::Tools;
 use super::work::{Batch, Listed};
 use super::{Files, Patterns};
 
+/// Deepest folder: no restore makes a deeper one. One descriptor is held for each level.
+const DEPTH_MAX: usize = super::super::restore::DEPTH_MAX;
 const BATCH_ENTRIES: usize = 32;
 pub(super) const LISTING_BYTES: usize = 32 * 1024;
 pub(super) const CACHE_TAG: &[u8] = b"CACHEDIR.TAG";
@@ -80,7 +83,7 @@ pub(super) fn walk(
     let root = name(&paths).map_err(|error| pipeline.fail(error))?;
     for path in &paths {
         // A path that is not there is an error in a tree that lives, too: somebody named it.
-        if let Err(error) = rustix::fs::lstat(path) {
+        if let Err(error) = step().and_then(|()| rustix::fs::lstat(path)) {
             pipeline.unreadable(path, &error);
         }
     }
@@ -125,7 +128,8 @@ impl Walk<'_, '_, '_> {
         let path = PathBuf::from("/");
         let known = self.reader.known(parent);
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let opened = rustix::fs::open("/", flags, Mode::empty()).and_then(|h| Ok((rustix::fs::fstat(&h)?, h)));
+        let opened = step().and_then(|()| rustix::fs::open("/", flags, Mode::empty()));
+        let opened = opened.and_then(|h| Ok((rustix::fs::fstat(&h)?, h)));
         let (stat, handle) = match opened {
             Ok(opened) => opened,
             Err(error) => {
@@ -190,7 +194,8 @@ impl Walk<'_, '_, '_> {
     /// An entry whose kind its listing does not say.
     fn look(&mut self, mut listed: Listed) -> Result<(), Stop> {
         let Some(frame) = self.frames.last_mut() else { return Ok(()) };
-        match rustix::fs::statat(&frame.handle, listed.name.as_slice(), AtFlags::SYMLINK_NOFOLLOW) {
+        let stat = rustix::fs::statat(&frame.handle, listed.name.as_slice(), AtFlags::SYMLINK_NOFOLLOW);
+        match step().and(stat) {
             Ok(stat) if file_type(&stat) == FileType::Directory => self.enter_folder(listed),
             Ok(stat) if file_type(&stat) == FileType::Socket => {
                 let folder = frame.folder.clone();
@@ -221,9 +226,14 @@ impl Walk<'_, '_, '_> {
     fn enter_folder(&mut self, listed: Listed) -> Result<(), Stop> {
         let Some(frame) = self.frames.last() else { return Ok(()) };
         let path = path_of(&frame.folder.path, &listed.name);
+        if self.frames.len() > DEPTH_MAX {
+            self.pipeline.unreadable(&path, &format_args!("folders are deeper than {DEPTH_MAX}"));
+            let folder = frame.folder.clone();
+            return folder.bring(self.pipeline, self.tools, listed.slot, &[]);
+        }
         let (home, is_target) = (frame.device, self.targets.contains(&path));
         let opened = open_at(frame.handle.as_fd(), &listed.name, OFlags::DIRECTORY);
-        let opened = opened.and_then(|handle| Ok((rustix::fs::fstat(&handle)?, handle)));
+        let opened = opened.and_then(|handle| step().and_then(|()| Ok((rustix::fs::fstat(&handle)?, handle))));
         let entered = opened.and_then(|(stat, handle)| {
             // What is mounted there stands in the snapshot as an empty folder, as restic has it.
             let elsewhere = !is_target && home.is_some_and(|device| device != stat.st_dev);
@@ -245,6 +255,7 @@ impl Walk<'_, '_, '_> {
         let path = path_of(&frame.folder.path, &listed.name);
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let opened = rustix::fs::openat(&frame.handle, listed.name.as_slice(), flags, Mode::empty());
+        let opened = step().and(opened);
         let opened = opened.and_then(|handle| Ok((rustix::fs::fstat(&handle)?, attributes(handle.as_fd())?, handle)));
         match opened {
             Ok((stat, attributes, handle)) => {
@@ -307,6 +318,7 @@ impl Walk<'_, '_, '_> {
     fn list(&mut self, handle: &OwnedFd, path: &Path) -> Result<Vec<Listed>, Errno> {
         let mut found = Vec::new();
         let mut entries = RawDir::new(handle, &mut self.buffer);
+        step()?;
         while let Some(entry) = entries.next() {
             let entry = entry?;
             let (name, kind) = (entry.file_name().to_bytes(), entry.file_type());

@@ -156,6 +156,34 @@ fn folders_deeper_than_any_path_are_refused() {
     assert!(error.to_string().contains("too deep"), "{error}");
 }
 
+/// A folder that holds one folder twice, which holds another twice, and so on: a tree of 2^60 folders, in 60 blobs.
+#[test]
+fn tree_that_names_one_folder_again_and_again_is_refused() {
+    let (world, mut memory) = (World::new(), Memory::default());
+    let mut tree = memory.tree(vec![node("end", NodeKind::Fifo)]);
+    for _ in 0..60 {
+        tree = memory.tree(vec![folder("a", tree), folder("b", tree)]);
+    }
+    let error = memory.restore(tree, &world.target()).unwrap_err();
+    assert!(matches!(error, RestoreError::Endless { .. }), "{error}");
+    world.assert_untouched();
+}
+
+/// As what is mounted in several places of a source.
+#[test]
+fn folder_that_stands_in_several_places_is_restored_in_each() {
+    let (world, mut memory) = (World::new(), Memory::default());
+    let file = memory.file("file", b"content");
+    let inner = memory.tree(vec![file]);
+    let outer = memory.tree(vec![folder("inner", inner)]);
+    let names = ["a", "b", "c", "d", "e", "f"];
+    let root = memory.tree(names.map(|name| folder(name, outer)).to_vec());
+    memory.restore(root, &world.target()).unwrap();
+    for name in names {
+        assert_eq!(fs::read(world.target().join(name).join("inner/file")).unwrap(), b"content");
+    }
+}
+
 #[test]
 fn owner_that_no_kernel_has_is_a_warning() {
     let (world, mut memory) = (World::new(), Memory::default());

@@ -59,6 +59,10 @@ impl Place {
         Archive::open(storage, PASSWORD.as_bytes())
     }
 
+    pub(super) fn open_with(&self, password: &[u8]) -> Result<Archive, ArchiveError> {
+        Archive::open(Arc::new(self.folder()), password)
+    }
+
     pub(super) fn hooked(
         &self,
         hook: impl Fn(&Object) -> Result<(), StorageError> + Send + Sync + 'static,
@@ -147,6 +151,13 @@ impl Place {
         let complaint = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "restic {args:?}: {complaint}");
         String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// What restic complains about; it must fail.
+    pub(super) fn restic_fails(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        assert!(!output.status.success(), "restic {args:?} went through");
+        String::from_utf8_lossy(&output.stderr).into_owned()
     }
 
     /// Restic finds nothing wrong, in no byte.

@@ -1,8 +1,11 @@
 //! The write path, with stock restic as the judge.
 
+mod deaths;
+mod depth;
 mod faults;
 mod fixtures;
 mod gates;
+mod writers;
 
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt, symlink};
@@ -171,6 +174,12 @@ fn restic_leaves_out_the_same() {
     put_file(&root.join("tagged/left out"), b"x");
     put_file(&root.join("untagged/CACHEDIR.TAG"), b"something else");
     put_file(&root.join("untagged/kept"), b"x");
+    put_file(&root.join("tagged/below/left out"), b"x");
+    put_file(&root.join("short/CACHEDIR.TAG"), b"Signature: 8a477f597d28d172789f06886806bc5");
+    put_file(&root.join("short/kept"), b"x");
+    put_file(&root.join("tag is a folder/CACHEDIR.TAG/kept"), b"x");
+    put_file(&root.join("tag is empty/CACHEDIR.TAG"), b"");
+    put_file(&root.join("tag is empty/kept"), b"x");
     let exclude: Vec<String> = ["*.o", "cache/sub", "keep/**/d", "!keep/a.o", "\\[odd\\]"].map(String::from).into();
     let files = Files { paths: vec![root.clone()], exclude: exclude.clone(), skip_caches: true, ..Files::default() };
     let ours = place.store_files(files).unwrap();
