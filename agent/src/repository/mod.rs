@@ -25,6 +25,7 @@
 
 mod contents;
 mod errors;
+pub mod failpoints;
 pub mod index;
 mod keys;
 pub mod lock;

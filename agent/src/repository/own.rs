@@ -16,6 +16,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
+use super::failpoints::Failpoints;
 use super::lock::{HeldLock, Sharing};
 use super::open::{Archive, ArchiveError, Who};
 use super::restore::{self, Reader};
@@ -27,7 +28,7 @@ use crate::format::Id;
 use crate::format::key::Cost;
 use crate::platform::clock::{SharedClock, SystemClock};
 use crate::platform::files;
-use crate::storage::{Folder, Object};
+use crate::storage::{Folder, Object, Storage};
 
 /// Pause between two tries to get the lock.
 const LOCK_PAUSE: Duration = Duration::from_millis(500);
@@ -58,8 +59,12 @@ impl Place {
     }
 
     fn open(&self) -> Result<Archive, RepositoryError> {
-        let folder = Folder::open(&self.path).map_err(ArchiveError::from)?;
-        Archive::open(Arc::new(folder), &self.password()?).map_err(|error| self.named(error))
+        let storage = self.watched(Folder::open(&self.path).map_err(ArchiveError::from)?);
+        Archive::open(storage, &self.password()?).map_err(|error| self.named(error))
+    }
+
+    fn watched(&self, storage: impl Storage + 'static) -> Arc<dyn Storage> {
+        Failpoints::beside(self.password_file.parent().unwrap_or(&self.password_file)).around(Arc::new(storage))
     }
 
     /// The words of the face for what it has words for.
@@ -79,9 +84,9 @@ fn clock() -> SharedClock {
 pub(super) async fn make(location: &Location) -> Result<String, RepositoryError> {
     let place = Place::of(location);
     on_a_thread(move || {
-        let folder = Folder::create(&place.path).map_err(ArchiveError::from)?;
+        let storage = place.watched(Folder::create(&place.path).map_err(ArchiveError::from)?);
         let (who, password) = (Who::this_process(), place.password()?);
-        let made = Archive::make(Arc::new(folder), &password, Cost::default(), &who, clock().as_ref());
+        let made = Archive::make(storage, &password, Cost::default(), &who, clock().as_ref());
         Ok(made.map_err(|error| place.named(error))?.config().id.clone())
     })
     .await

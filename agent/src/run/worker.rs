@@ -23,6 +23,7 @@ use tokio::time::Instant;
 
 use super::messages::{Failure, Work, WorkerEvent, WorkerOrder, WorkerTask, receive, send};
 use crate::freeze::Bind;
+use crate::repository::failpoints::Failpoints;
 use crate::repository::{Job, Progress, Repository, RepositoryError};
 
 /// Progress is said at most so often.
@@ -47,14 +48,26 @@ pub async fn run(stream: Option<StreamEnds>) -> io::Result<()> {
     let mut input = BufReader::new(pipe::Receiver::from_owned_fd(io::stdin().as_fd().try_clone_to_owned()?)?);
     let mut output = pipe::Sender::from_owned_fd(io::stdout().as_fd().try_clone_to_owned()?)?;
     let task: WorkerTask = receive(&mut input).await.ok_or(io::ErrorKind::UnexpectedEof)?;
+    let failpoints = Failpoints::beside(&task.location.keys);
     let repository = Repository::at(task.location);
     let last = match task.work {
         Work::Store { job, binds, keep, recovery_recipient } => {
-            let store = Store { repository, job, binds, keep, recovery_recipient };
+            failpoints.begin("store");
+            let store = Store { repository, failpoints, job, binds, keep, recovery_recipient };
             store.run(input, &mut output, stream).await?
         }
-        Work::Forget { run_uid } => removed(&repository, repository.forget_run(&run_uid).await),
-        Work::Expire { snapshot_ids } => removed(&repository, repository.expire(&snapshot_ids).await),
+        Work::Forget { run_uid } => {
+            failpoints.begin("forget");
+            removed(&repository, repository.forget_run(&run_uid).await)
+        }
+        Work::Expire { snapshot_ids } => {
+            failpoints.begin("expire");
+            let expired = async {
+                failpoints.at("expire").await?;
+                repository.expire(&snapshot_ids).await
+            };
+            removed(&repository, expired.await)
+        }
     };
     send(&mut output, &last).await
 }
@@ -89,6 +102,7 @@ fn enter_view(binds: &[Bind], keep: &[PathBuf]) -> io::Result<()> {
 
 struct Store {
     repository: Repository,
+    failpoints: Failpoints,
     job: Job,
     binds: Vec<Bind>,
     keep: Vec<PathBuf>,
@@ -150,8 +164,14 @@ impl Store {
         events: mpsc::Sender<WorkerEvent>,
     ) -> Result<WorkerEvent, RepositoryError> {
         let before = self.repository.contents()?;
+        tokio::pin!(cancelled);
+        tokio::select! {
+            reached = self.failpoints.at("store") => reached?,
+            () = &mut cancelled => return Err(RepositoryError::Cancelled),
+        }
         let mut say = Throttle { events: events.clone(), next: Instant::now() };
         let mut stored = self.repository.store(&self.job, stream, cancelled, |progress| say.progress(progress)).await?;
+        self.failpoints.at("stored").await?;
         let _ = events.send(WorkerEvent::Progress { phase: Phase::Verify, progress: Progress::default() }).await;
         let repository = self.repository.clone();
         let reading = tokio::task::spawn_blocking(move || repository.read_back(&before)).await;
