@@ -311,7 +311,6 @@ impl Failpoints {
     ///
     /// # Errors
     /// When it was told to fail.
-    #[cfg_attr(not(debug_assertions), expect(clippy::unused_async, reason = "debug builds wait here"))]
     pub async fn at(&self, moment: &str) -> Result<(), RepositoryError> {
         #[cfg(debug_assertions)]
         self.orders.at(moment).await.map_err(|error| RepositoryError::from(super::open::ArchiveError::from(error)))?;
