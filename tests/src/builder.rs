@@ -7,6 +7,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use crate::agent::Agent;
+use crate::archiver::Archiver;
 use crate::receiver::Receiver;
 use crate::restic::{FaultyRestic, STOCK};
 use crate::service::Service;
@@ -68,6 +69,11 @@ impl AgentBuilder {
     pub(crate) fn socket_folder(&self) -> PathBuf {
         // The daemon makes its socket in a folder of its own.
         self.daemon_uid.map_or_else(|| self.folder.clone(), |_| self.folder.join("socket"))
+    }
+
+    /// A handle to its archiver, from which a run can be held and broken.
+    pub fn archiver(&self) -> Archiver {
+        Archiver::of(&self.state)
     }
 
     /// Uses a program in restic's place.
@@ -167,7 +173,7 @@ impl AgentBuilder {
                 "receiver".to_owned(),
                 format!("address = {address:?}\nenrolment_address = {enrolment:?}\nretry_max = \"1s\""),
             ),
-            ("repository".to_owned(), format!("restic = {:?}", self.restic)),
+            ("repository".to_owned(), format!("restic = {:?}\narchiver = \"hestner\"", self.restic)),
         ];
         // Neither the machine's units nor its containers matter to most tests.
         if !self.sections.iter().any(|(name, _)| name == "inventory") {
