@@ -177,6 +177,23 @@ fn retention_keeps_the_newest_two_where_the_host_allows_pruning_and_all_where_no
 }
 
 #[test]
+fn retention_that_fails_leaves_the_run_good_and_is_done_after_the_next_one() {
+    let world = World::new("journey-retention-fails");
+    let service = Service::files("docs", [world.source("source")]);
+    let agent = world.agent().allowed(service).grant("docs", "prune", "allow").started();
+    let archiver = agent.archiver();
+    keep_two(&world, agent.server_id);
+    let (first, second) = (agent.snapshot_ok("docs"), agent.snapshot_ok("docs"));
+    archiver.fail_at(Moment::Expire);
+    let third = agent.snapshot_ok("docs");
+    assert!(third.0["warnings"].to_string().contains("retention"), "{third:?}");
+    agent.assert_repository_holds(&[&first, &second, &third]);
+    archiver.go_on();
+    let fourth = agent.snapshot_ok("docs");
+    agent.assert_repository_holds(&[&third, &fourth]);
+}
+
+#[test]
 fn second_snapshot_of_an_unchanged_tree_stores_next_to_nothing() {
     let world = World::new("journey-unchanged");
     let agent = world.agent().allowed(Service::files("docs", [world.bulky_source("source", 4_000_000)])).started();
