@@ -4,8 +4,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use hestner_tests::restic::FaultyRestic;
-use hestner_tests::{Agent, AgentBuilder, Run, Service, World, files, is_root_or_skips, processes, wait_until};
+use hestner_tests::{
+    Agent, AgentBuilder, Archiver, Cmd, Moment, Run, Service, World, files, is_root_or_skips, processes, wait_until,
+};
 
 /// A user that owns nothing: `nobody`.
 const NOBODY: u32 = 65_534;
@@ -95,70 +96,63 @@ fn missing_path_beside_a_good_one_fails_the_run() {
     agent.assert_repository_holds(&[&good]);
 }
 
-// It goes away after it was checked: restic itself calls a missing path beside a good one a success.
+// It goes away after it was checked.
 #[test]
 fn path_that_disappears_while_the_archiver_starts_fails_the_run() {
     let world = World::new("gate-disappears");
     let second = world.source("second");
-    let faulty = FaultyRestic::new(&world.at("bin"));
     let service = Service::files("docs", [&world.source("source"), &second]);
-    let mut agent = world.agent().restic(&faulty).allowed(service).started();
-    faulty.on("backup", &format!("mv {path} {path}.away", path = second.display()));
-    let run = agent.snapshot("docs");
+    let mut agent = world.agent().allowed(service).started();
+    let archiver = agent.archiver();
+    archiver.hold_at(Moment::Store);
+    let snapshot = agent.snapshot_started("docs");
+    archiver.wait_reached(Moment::Store);
+    Cmd::new("mv").arg(&second).arg(second.with_extension("away")).ok();
+    archiver.go_on();
+    let run = snapshot.run();
     run.assert_failed("source_missing");
-    faulty.heal("backup");
     assert_nothing_is_left(&world, &mut agent, &run, "source_missing", &[]);
 }
 
-/// An agent whose archiver is slow enough to be caught at work.
-fn slow_agent(world: &World) -> (Agent, FaultyRestic) {
-    let faulty = FaultyRestic::new(&world.at("bin"));
-    faulty.slow_down(3_000);
-    let source = world.bulky_source("source", 60_000_000);
-    (world.agent().restic(&faulty).allowed(Service::files("docs", [source])).started(), faulty)
-}
-
 #[test]
-fn killed_archiver_fails_the_run_and_leaves_nothing() {
-    let world = World::new("gate-archiver-killed");
-    let (mut agent, faulty) = slow_agent(&world);
-    let snapshot = agent.snapshot_started("docs");
-    let archiver = agent.wait_archiving();
-    processes::kill(archiver.pid);
-    let run = snapshot.run();
-    run.assert_failed("archiver_killed");
-    faulty.heal("backup");
-    assert_nothing_is_left(&world, &mut agent, &run, "archiver_killed", &[]);
-    let good = agent.snapshot_ok("docs");
-    agent.assert_repository_holds(&[&good]);
-}
-
-#[test]
-fn killed_worker_fails_the_run_and_takes_its_archiver_along() {
+fn killed_worker_fails_the_run_and_the_next_one_goes_on_with_a_sound_repository() {
     let world = World::new("gate-worker-killed");
-    let (mut agent, faulty) = slow_agent(&world);
+    let source = world.bulky_source("source", 60_000_000);
+    let mut agent = world.agent().allowed(Service::files("docs", [source])).started();
+    let archiver = agent.archiver();
+    archiver.hold_at(Moment::Pack(2));
     let snapshot = agent.snapshot_started("docs");
-    let archiver = agent.wait_archiving();
-    processes::kill(agent.wait_part("worker").pid);
+    archiver.wait_reached(Moment::Pack(2));
+    let worker = agent.wait_part("worker").pid;
+    processes::kill(worker);
     let run = snapshot.run();
     run.assert_failed("worker_killed");
-    wait_until("the archiver to end with its worker", Duration::from_secs(10), || !processes::is_alive(archiver.pid));
-    faulty.heal("backup");
+    assert!(!processes::is_alive(worker));
+    archiver.go_on();
     assert_nothing_is_left(&world, &mut agent, &run, "worker_killed", &[]);
+    let good = agent.snapshot_ok("docs");
+    agent.assert_repository_holds(&[&good]);
+    assert_sound(&agent);
 }
 
-/// Brings an agent to the moment between the archiver's exit code 3 and the removal of its snapshot.
-fn agent_before_the_removal(world: &World) -> (Agent, FaultyRestic, String) {
-    let faulty = FaultyRestic::new(&world.at("bin"));
-    let (builder, _) = agent_of_nobody(world);
-    let agent = builder.restic(&faulty).started();
-    faulty.hang_on("forget");
+fn assert_sound(agent: &Agent) {
+    let check = agent.repository("local").check();
+    assert_eq!(check.code, Some(0), "{check}");
+}
+
+/// Brings an agent to the moment before the snapshot of a failed run is removed: its worker died when it had
+/// committed.
+fn agent_before_the_removal(world: &World) -> (Agent, Archiver, String) {
+    let agent = world.agent().allowed(Service::files("docs", [world.source("source")])).started();
+    let archiver = agent.archiver();
+    archiver.kill_once_at(Moment::Stored);
+    archiver.hold_at(Moment::Forget);
     let asked = agent.cli(&["snapshot", "docs", "--detach", "--json"]).json();
-    faulty.wait_reached("forget");
+    archiver.wait_reached(Moment::Forget);
     let committed = agent.repository("local").snapshots();
-    assert_eq!(committed.len(), 1, "restic commits before it exits with 3; the test caught the moment");
+    assert_eq!(committed.len(), 1, "the test caught the moment");
     let uid = asked["run_uid"].as_str().unwrap_or_else(|| panic!("no run_uid in {asked}")).to_owned();
-    (agent, faulty, uid)
+    (agent, archiver, uid)
 }
 
 fn assert_interrupted(world: &World, agent: &mut Agent, uid: &str) {
@@ -170,29 +164,23 @@ fn assert_interrupted(world: &World, agent: &mut Agent, uid: &str) {
 
 #[test]
 fn daemon_killed_before_the_removal_leaves_nothing_after_its_next_start() {
-    if !is_root_or_skips("daemon_killed_before_the_removal_leaves_nothing_after_its_next_start") {
-        return;
-    }
     let world = World::new("gate-daemon-killed");
-    let (mut agent, faulty, uid) = agent_before_the_removal(&world);
+    let (mut agent, archiver, uid) = agent_before_the_removal(&world);
     let below = processes::descendants(agent.pid());
     agent.kill9();
     // As when its whole cgroup dies.
     below.iter().for_each(|process| processes::kill(process.pid));
-    faulty.heal("forget");
+    archiver.go_on();
     agent.start();
     assert_interrupted(&world, &mut agent, &uid);
 }
 
 #[test]
 fn runner_killed_before_the_removal_leaves_nothing() {
-    if !is_root_or_skips("runner_killed_before_the_removal_leaves_nothing") {
-        return;
-    }
     let world = World::new("gate-runner-killed");
-    let (mut agent, faulty, uid) = agent_before_the_removal(&world);
+    let (mut agent, archiver, uid) = agent_before_the_removal(&world);
     processes::kill(agent.wait_part("runner").pid);
-    faulty.heal("forget");
+    archiver.go_on();
     assert_interrupted(&world, &mut agent, &uid);
 }
 
@@ -279,7 +267,7 @@ fn stream_with_every_process_killed_at_once_commits_nothing() {
 
 #[test]
 fn stream_with_runner_and_worker_killed_together_commits_nothing() {
-    // Whoever feeds restic closes its standard input by dying; restic would commit what it has.
+    // Whoever feeds the archiver ends its stream by dying; it must not take that for an end.
     let world = World::new("gate-stream-feeder");
     let (service, mark, _) = waiting_producer(&world);
     let mut agent = world.agent().allowed(service).started();
@@ -297,24 +285,24 @@ fn stream_with_runner_and_worker_killed_together_commits_nothing() {
 #[test]
 fn file_that_vanishes_during_the_archive_is_counted_apart_and_the_run_succeeds() {
     let world = World::new("gate-vanish");
-    // restic reads a folder's names at once and opens its files one after the other, as its readers come
-    // free: when the first pack is stored, the last names are known and far from being opened.
+    // The archiver reads a folder's names at once and opens its files one after the other. While no pack goes on it
+    // reads what its buffers hold, 68 MB at most: the last names are known then and far from being opened.
     let source = world.at("source");
     for number in 0..8_000 {
-        files::write(source.join(format!("a-{number:05}.bin")), files::random_bytes(10_000));
+        files::write(source.join(format!("a-{number:05}.bin")), files::random_bytes(12_000));
     }
     for number in 0..40 {
         files::write(source.join(format!("z-vanishing-{number}.txt")), "soon gone");
     }
-    let faulty = FaultyRestic::new(&world.at("bin"));
-    faulty.slow_down(20_000);
-    let agent = world.agent().restic(&faulty).allowed(Service::files("docs", [&source])).started();
+    let agent = world.agent().allowed(Service::files("docs", [&source])).started();
+    let archiver = agent.archiver();
+    archiver.hold_at(Moment::Pack(1));
     let snapshot = agent.snapshot_started("docs");
-    agent.wait_archiving();
+    archiver.wait_reached(Moment::Pack(1));
     for number in 0..40 {
         std::fs::remove_file(source.join(format!("z-vanishing-{number}.txt"))).expect("a file to remove");
     }
-    faulty.heal("backup");
+    archiver.go_on();
     let run = snapshot.run();
     assert_eq!(run.text("status"), "success", "{run:?}");
     assert_eq!(run.number("unreadable"), 0, "{run:?}");
@@ -324,64 +312,16 @@ fn file_that_vanishes_during_the_archive_is_counted_apart_and_the_run_succeeds()
 
 #[test]
 fn removal_that_fails_is_owed_and_done_at_the_next_start() {
-    if !is_root_or_skips("removal_that_fails_is_owed_and_done_at_the_next_start") {
-        return;
-    }
     let world = World::new("gate-owed");
-    let faulty = FaultyRestic::new(&world.at("bin"));
-    let (builder, _) = agent_of_nobody(&world);
-    let mut agent = builder.restic(&faulty).started();
-    faulty.on("forget", "echo 'the disk is busy' >&2; exit 1");
+    let mut agent = world.agent().allowed(Service::files("docs", [world.source("source")])).started();
+    let archiver = agent.archiver();
+    archiver.kill_once_at(Moment::Stored);
+    archiver.fail_at(Moment::Forget);
     let run = agent.snapshot("docs");
-    run.assert_failed("source_unreadable");
-    assert_eq!(agent.repository("local").snapshots().len(), 1, "the partial snapshot could not be removed yet");
+    run.assert_failed("worker_killed");
+    assert_eq!(agent.repository("local").snapshots().len(), 1, "the snapshot could not be removed yet");
     let refused = agent.restore(run.uid(), &world.at("must-stay-away"));
     assert_ne!(refused.code, Some(0), "what is there is still not offered: {refused}");
-    faulty.heal("forget");
-    assert_nothing_is_left(&world, &mut agent, &run, "source_unreadable", &[]);
-}
-
-/// Makes restic's first, second, third ... call of a run go wrong, until the run no longer gets that far.
-fn fault_at_every_call(world: &World, instead: &str) {
-    let faulty = FaultyRestic::new(&world.at("bin"));
-    let source = world.source("source");
-    let mut agent = world.agent().restic(&faulty).allowed(Service::files("docs", [&source])).started();
-    let mut good: Vec<Run> = Vec::new();
-    for number in 1.. {
-        assert!(number < 30, "a run does not call restic so often");
-        files::write(source.join("changing.txt"), format!("version {number}"));
-        faulty.on_call(number, instead);
-        let run = agent.snapshot("docs");
-        let reached = !faulty.is_waiting();
-        faulty.heal("any");
-        if run.text("status") == "success" {
-            good.push(run);
-        } else {
-            assert!(reached, "it failed without a fault: {run:?}");
-            assert!(!run.text("error_message").is_empty() && run.text("artifact_url").is_empty(), "{run:?}");
-        }
-        agent.stop();
-        agent.start();
-        agent.wait_repository_holds(&good.iter().collect::<Vec<_>>());
-        if !reached {
-            assert!(number > 2, "the faults were never reached");
-            return;
-        }
-    }
-}
-
-#[test]
-fn restic_that_fails_at_any_call_leaves_only_whole_snapshots() {
-    fault_at_every_call(&World::new("gate-every-fails"), "exit 1");
-}
-
-#[test]
-fn restic_that_is_killed_at_any_call_leaves_only_whole_snapshots() {
-    fault_at_every_call(&World::new("gate-every-killed"), "kill -9 $$");
-}
-
-#[test]
-fn restic_that_dies_after_it_committed_leaves_only_whole_snapshots() {
-    // It does its work, and dies before it can say so.
-    fault_at_every_call(&World::new("gate-every-after"), "/usr/bin/restic \"$@\" >/dev/null; kill -9 $$");
+    archiver.go_on();
+    assert_nothing_is_left(&world, &mut agent, &run, "worker_killed", &[]);
 }

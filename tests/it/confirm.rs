@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use hestner_tests::run::Run;
 use hestner_tests::world::bin;
-use hestner_tests::{Agent, AgentBuilder, Cmd, Service, files, wait_for, wait_until};
+use hestner_tests::{Agent, AgentBuilder, Cmd, Moment, Service, files, wait_for, wait_until};
 use serde_json::{Value, json};
 
 use crate::grants::Watched;
@@ -254,9 +254,9 @@ fn run_that_cannot_be_confirmed_is_said_to_be_so_with_a_stable_code() {
     assert!(agent.cli(&["confirm", "--list"]).ok().contains("no run waits"));
 
     // One place: while `slow` holds it, a confirmed run waits for its turn.
-    watched.faulty.hang_on("backup");
+    watched.archiver.hold_at(Moment::Store);
     let slow = agent.snapshot_started("slow");
-    watched.faulty.wait_reached("backup");
+    watched.archiver.wait_reached(Moment::Store);
     let running = agent.last_run();
     let ended = agent.cli(&["confirm", running.uid()]);
     assert!(ended.stderr.contains("code: run_not_waiting"), "{ended}");
@@ -266,7 +266,7 @@ fn run_that_cannot_be_confirmed_is_said_to_be_so_with_a_stable_code() {
     assert!(again.stderr.contains("code: run_confirmed"), "{again}");
     let too_late = agent.cli(&["confirm", &uid, "--refuse"]);
     assert!(too_late.stderr.contains("code: run_confirmed"), "{too_late}");
-    watched.faulty.heal("backup");
+    watched.archiver.go_on();
     assert_eq!(slow.run().text("status"), "success");
     assert_eq!(wait_ended(&agent, &uid).text("status"), "success", "the second word did no harm");
 }
@@ -275,14 +275,14 @@ fn run_that_cannot_be_confirmed_is_said_to_be_so_with_a_stable_code() {
 fn confirmed_run_that_had_not_begun_begins_after_a_restart() {
     let watched = Watched::new("confirm-turn");
     let mut agent = confirming(&watched).allowed(Service::files("slow", [watched.world.source("slow")])).started();
-    watched.faulty.hang_on("backup");
+    watched.archiver.hold_at(Moment::Store);
     let slow = agent.snapshot_started("slow");
-    watched.faulty.wait_reached("backup");
+    watched.archiver.wait_reached(Moment::Store);
     let uid = uid_of(&asked_on_host(&agent));
     agent.cli(&["confirm", &uid]).ok();
     agent.stop();
     let _ = slow.ended();
-    watched.faulty.heal("backup");
+    watched.archiver.go_on();
     agent.start();
     assert_eq!(wait_ended(&agent, &uid).text("status"), "success", "nobody has to say it twice");
 }

@@ -7,9 +7,8 @@ use nix::sys::signal::Signal;
 
 use hestner_tests::docker::Docker;
 use hestner_tests::mounts::Mounted;
-use hestner_tests::restic::FaultyRestic;
 use hestner_tests::{
-    Agent, AgentBuilder, Hook, Run, Service, World, files, is_root_or_skips, processes, tree, wait_until,
+    Agent, AgentBuilder, Hook, Moment, Run, Service, World, files, is_root_or_skips, processes, tree, wait_until,
 };
 
 /// How soon a container runs again after whoever held it died.
@@ -102,16 +101,15 @@ fn stopped_container_is_down_until_everything_was_read_and_runs_again() {
     held.docker.run_writer("db", &held.source);
     held.docker.run("stopped", &[], &["/bin/sleep", "5000"]);
     held.docker.docker(&["stop", "-t", "0", "stopped"]).ok();
-    let faulty = FaultyRestic::new(&held.world.at("bin"));
     let service = service(&held.source, "\"db\", \"stopped\"").point_line("hold = \"stop\"").consistency("application");
-    let agent = held.agent().restic(&faulty).allowed(service).started();
-    faulty.hang_on("backup");
+    let agent = held.agent().allowed(service).started();
+    agent.archiver().hold_at(Moment::Store);
     let snapshot = agent.snapshot_started("docs");
-    faulty.wait_reached("backup");
+    agent.archiver().wait_reached(Moment::Store);
     assert_eq!(held.docker.status("db"), "exited", "down while it is read");
     let down = held.lines();
     assert_eq!(down.last().map(String::as_str), Some("end"), "it was told to end and did");
-    faulty.heal("backup");
+    agent.archiver().go_on();
     let run = snapshot.run();
     assert_eq!(run.text("status"), "success", "{run:?}");
     assert_eq!(run.text("consistency_achieved"), "application", "{run:?}");
@@ -127,16 +125,15 @@ fn downtime_that_is_over_fails_the_run_and_starts_the_container() {
     }
     let held = held("containers-downtime", "ext4");
     held.docker.run_writer("db", &held.source);
-    let faulty = FaultyRestic::new(&held.world.at("bin"));
     // Long enough for the archive to be reached on a busy machine: opening a repository takes seconds.
     let service = service(&held.source, "\"db\"").point_line("hold = \"stop\"").point_line("downtime_max = \"15s\"");
-    let agent = held.agent().restic(&faulty).allowed(service).started();
-    faulty.hang_on("backup");
+    let agent = held.agent().allowed(service).started();
+    agent.archiver().hold_at(Moment::Store);
     let snapshot = agent.snapshot_started("docs");
-    faulty.wait_reached("backup");
+    agent.archiver().wait_reached(Moment::Store);
     assert_eq!(held.docker.status("db"), "exited");
     held.wait_runs("db");
-    faulty.heal("backup");
+    agent.archiver().go_on();
     snapshot.run().assert_failed("freeze_timeout");
     agent.wait_repository_holds(&[]);
     assert_eq!(held.docker.status("db"), "running");
@@ -210,9 +207,7 @@ fn container_runs_again_wherever_its_run_is_killed() {
         .point_line(&format!("read_from = {:?}", held.world.source("copy")));
     let stopped =
         Service::files("stopped", [&held.source]).point_line("containers = [\"db\"]").point_line("hold = \"stop\"");
-    let faulty = FaultyRestic::new(&held.world.at("bin"));
-    let mut agent =
-        held.agent().restic(&faulty).setting("freeze", "window = \"5s\"").allowed(paused).allowed(stopped).started();
+    let mut agent = held.agent().setting("freeze", "window = \"5s\"").allowed(paused).allowed(stopped).started();
     for whole in [false, true] {
         // Paused, and its filesystem frozen.
         agent.cli(&["snapshot", "docs", "--detach"]).ok();
@@ -227,13 +222,13 @@ fn container_runs_again_wherever_its_run_is_killed() {
         agent.wait_last_run_ended().assert_failed("interrupted");
 
         // Stopped, while it is read.
-        faulty.hang_on("backup");
+        agent.archiver().hold_at(Moment::Store);
         agent.cli(&["snapshot", "stopped", "--detach"]).ok();
-        faulty.wait_reached("backup");
+        agent.archiver().wait_reached(Moment::Store);
         assert_eq!(held.docker.status("db"), "exited");
         kill(&mut agent, whole);
         held.wait_runs("db");
-        faulty.heal("backup");
+        agent.archiver().go_on();
         start(&mut agent, whole);
         agent.wait_last_run_ended().assert_failed("interrupted");
     }
@@ -315,12 +310,11 @@ fn stopped_container_that_a_run_owes_is_started_after_a_reboot() {
     let service = service(&held.source, "\"db\", \"stopped\"")
         .point_line("hold = \"stop\"")
         .hook(Hook::new("app").pre(&[&note, "pre"]).post(&[&note, "post"]));
-    let faulty = FaultyRestic::new(&held.world.at("bin"));
-    let mut agent = held.agent().restic(&faulty).allowed(service).started();
-    faulty.hang_on("backup");
+    let mut agent = held.agent().allowed(service).started();
+    agent.archiver().hold_at(Moment::Store);
     let begun = agent.cli(&["snapshot", "docs", "--detach", "--json"]).json();
     let uid = begun["run_uid"].as_str().expect("a run").to_owned();
-    faulty.wait_reached("backup");
+    agent.archiver().wait_reached(Moment::Store);
     assert_eq!(held.docker.status("db"), "exited");
     // A power cut: nobody is left who could let anything go.
     let below = processes::descendants(agent.pid());
@@ -330,7 +324,7 @@ fn stopped_container_that_a_run_owes_is_started_after_a_reboot() {
     wait_until("all of them to be gone", Duration::from_secs(20), || below.iter().all(|p| !processes::is_alive(p.pid)));
     assert_eq!((held.docker.status("db").as_str(), files::lines(&notes)), ("exited", vec!["pre".to_owned()]));
     agent.seem_rebooted(&uid, &["hold.journal", "hook.journal"]);
-    faulty.heal("backup");
+    agent.archiver().go_on();
     agent.start();
     held.wait_runs("db");
     agent.wait_last_run_ended().assert_failed("interrupted");
@@ -346,19 +340,18 @@ fn container_that_somebody_else_lets_go_is_no_point_in_time() {
     }
     let held = held("containers-touched", "ext4");
     held.docker.run_writer("db", &held.source);
-    let faulty = FaultyRestic::new(&held.world.at("bin"));
     let service = service(&held.source, "\"db\"").point_line("hold = \"stop\"");
-    let agent = held.agent().restic(&faulty).allowed(service).started();
+    let agent = held.agent().allowed(service).started();
     // Still running when it is let go, or stopped again by then: either way it wrote meanwhile.
     for stops_again in [false, true] {
-        faulty.hang_on("backup");
+        agent.archiver().hold_at(Moment::Store);
         let snapshot = agent.snapshot_started("docs");
-        faulty.wait_reached("backup");
+        agent.archiver().wait_reached(Moment::Store);
         held.docker.docker(&["start", "db"]).ok();
         if stops_again {
             held.docker.docker(&["stop", "db"]).ok();
         }
-        faulty.heal("backup");
+        agent.archiver().go_on();
         let run = snapshot.run();
         run.assert_failed("point_failed");
         assert!(run.text("error_message").contains("somebody else"), "{run:?}");

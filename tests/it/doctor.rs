@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use hestner_tests::mounts::Mounted;
+use hestner_tests::restic::FaultyRestic;
 use hestner_tests::{Agent, Cmd, Ended, Hook, Service, World, files, is_root_or_skips, processes, tree, wait_until};
 use serde_json::{Value, json};
 
@@ -58,12 +59,14 @@ impl Findings {
 #[test]
 fn host_that_is_well_has_no_problem_and_nothing_is_changed() {
     let watched = Watched::new("doctor-well");
-    let agent = watched.builder().grant("docs", "snapshot", "allow").started();
+    let restic = FaultyRestic::new(&watched.world.at("bin"));
+    let agent = watched.builder().restic(&restic).grant("docs", "snapshot", "allow").started();
     agent.snapshot_ok("docs");
     agent.wait_outbox_empty();
     let runs = agent.state().join("runs");
     let before = tree::manifest(&runs);
-    let calls = watched.faulty.calls().len();
+    let calls = (restic.calls().len(), watched.archiver.notes().len());
+    assert!(calls.1 > 0, "whoever opens a repository leaves notes");
     let findings = doctor(&agent);
     assert_eq!((findings.ended.code, &findings.all["problems"]), (Some(0), &json!(0)), "{}", findings.ended);
     let looked_at = [
@@ -94,8 +97,10 @@ fn host_that_is_well_has_no_problem_and_nothing_is_changed() {
     assert!(service.contains("consistency `"), "{service}");
     assert!(findings.named("receiver")[0]["message"].to_string().contains("session is open"), "{}", findings.all);
     assert_eq!(tree::manifest(&runs), before, "it only looks");
-    let later = watched.faulty.calls();
-    assert!(later[calls..].iter().all(|call| call.starts_with("version ")), "no repository is opened: {later:?}");
+    let later = restic.calls();
+    assert!(later[calls.0..].iter().all(|call| call.starts_with("version ")), "no repository is opened: {later:?}");
+    let later = watched.archiver.notes();
+    assert_eq!(later.len(), calls.1, "no repository is opened: {later:?}");
 
     let text = agent.cli(&["doctor"]).ok();
     assert!(text.contains("ok       daemon") && text.contains("warning  separation"), "{text}");
@@ -141,7 +146,8 @@ fn settings_that_cannot_be_used_are_the_finding() {
 fn each_thing_that_is_wrong_is_named_by_its_code() {
     let watched = Watched::new("doctor-wrong");
     let hook = watched.world.at("hooks/note");
-    let agent = watched.builder().grant("docs", "snapshot", "allow").started();
+    let restic = FaultyRestic::new(&watched.world.at("bin"));
+    let agent = watched.builder().restic(&restic).grant("docs", "snapshot", "allow").started();
     agent.snapshot_ok("docs");
     let mode = |path: &Path, open: u32, closed: u32, check: &str, code: &str| {
         files::set_mode(path, open);
@@ -171,11 +177,11 @@ fn each_thing_that_is_wrong_is_named_by_its_code() {
     findings.assert_warning("grants", "snapshot_denied");
     files::write(agent.grants_file(), grants);
 
-    watched.faulty.on("version", "echo 'restic 0.9.6 compiled with go1.12'; exit 0");
+    restic.on("version", "echo 'restic 0.9.6 compiled with go1.12'; exit 0");
     doctor(&agent).assert_problem("restic", "restic_unusable", "0.9");
-    watched.faulty.on("version", "exit 1");
+    restic.on("version", "exit 1");
     doctor(&agent).assert_problem("restic", "restic_unusable", "restic");
-    watched.faulty.heal("version");
+    restic.heal("version");
     assert_eq!(doctor(&agent).all["problems"], 0, "everything is as it was");
 }
 

@@ -21,10 +21,6 @@ fn waiting_dump(world: &World, name: &str) -> (Service, PathBuf) {
     (Service::command(name, &[&program], "dump.txt"), gate)
 }
 
-fn with_engine(builder: AgentBuilder) -> AgentBuilder {
-    builder.setting("repository", "archiver = \"hestner\"")
-}
-
 /// Nice value and I/O priority (as `ionice` says it) of every thread of a process.
 fn priorities(pid: i32) -> Vec<(String, String)> {
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).expect("threads").flatten();
@@ -50,7 +46,7 @@ fn worker_and_all_its_threads_stand_where_settings_and_service_put_them() {
     let world = World::new("effort-priority");
     let ((usual, usual_goes_on), (last, last_goes_on)) = (waiting_dump(&world, "usual"), waiting_dump(&world, "last"));
     let last = last.worker_line("nice = 19").worker_line("io_class = \"idle\"").worker_line("threads = 3");
-    let agent = with_engine(world.agent()).setting("worker", "io_level = 5").allowed(usual).allowed(last).started();
+    let agent = world.agent().setting("worker", "io_level = 5").allowed(usual).allowed(last).started();
     for (service, gate, nice, io) in
         [("usual", usual_goes_on, "10", "best-effort: prio 5"), ("last", last_goes_on, "19", "idle")]
     {
@@ -70,7 +66,7 @@ fn worker_and_all_its_threads_stand_where_settings_and_service_put_them() {
 fn policy_lowers_the_priority_and_chooses_what_the_floor_allows() {
     let world = World::new("effort-policy");
     let (dump, goes_on) = waiting_dump(&world, "dump");
-    let agent = with_engine(world.agent()).setting("worker", "nice = 12").allowed(dump).started();
+    let agent = world.agent().setting("worker", "nice = 12").allowed(dump).started();
     let path = format!("/v1/servers/{}/snapshot-policy", agent.server_id);
     let policy = json!({
         "service": "dump", "cron": "", "retention_days": 30, "retention_count": 5, "destination": "local",
@@ -101,7 +97,7 @@ fn level_is_seen_in_what_is_stored_and_force_read_in_what_it_is_compared_with() 
     let source = world.at("source");
     files::write(source.join("words.txt"), (0..60_000).map(words).collect::<String>());
     let service = |name: &str| Service::files(name, [&source]).destination(name);
-    let agent = with_engine(world.agent())
+    let agent = world.agent()
         .destination("fast", &world.at("fast"))
         .destination("small", &world.at("small"))
         .allowed(service("fast").worker_line("compression_level = 1"))
@@ -175,7 +171,7 @@ impl Divided {
         let config = world.at("agent").join("agent.toml");
         let units = Units::start_handing_on(&world.at("units"), &config, hierarchy, HANDED_ON);
         let units = units.unwrap_or_else(|| panic!("this machine has no control groups of {hierarchy:?}"));
-        let builder = with_engine(world.agent()).runner_socket(&units.runner_socket());
+        let builder = world.agent().runner_socket(&units.runner_socket());
         let agent = build(&world, builder).started();
         Some(Self { agent, units, world })
     }
@@ -274,7 +270,7 @@ fn run_in_the_making_has_a_rate_a_whole_and_an_estimate() {
     let source = world.bulky_source("source", 64 << 20);
     files::small_tree(&source, 40, 2_000);
     let service = Service::files("docs", [&source]).worker_line("compression_level = 19").worker_line("threads = 1");
-    let agent = with_engine(world.agent()).allowed(service).started();
+    let agent = world.agent().allowed(service).started();
     let run = agent.command(&["snapshot", "docs"]).start();
     let path = format!("/v1/servers/{}/snapshots", agent.server_id);
     let progress = wait_for("progress with all of it", WITHIN, || {

@@ -4,8 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use hestner_tests::clock::let_pass;
-use hestner_tests::restic::FaultyRestic;
-use hestner_tests::{Agent, Service, World, processes, wait_for, wait_until};
+use hestner_tests::{Agent, Moment, Service, World, processes, wait_for, wait_until};
 
 /// Every run of the host is at the receiver exactly once and ended the same way; each success has one
 /// ledger row, nothing else has any.
@@ -56,11 +55,9 @@ fn receiver_killed_at_varying_moments_while_runs_stream_has_each_run_once() {
 #[test]
 fn receiver_killed_over_and_over_while_a_backlog_streams_has_each_run_once() {
     let mut world = World::new("once-backlog");
-    let faulty = FaultyRestic::new(&world.at("bin"));
+    let agent = started_agent(&world);
     // Runs that fail at once make many reports in little time.
-    faulty.on("backup", "exit 1");
-    let source = world.source("source");
-    let agent = world.agent().restic(&faulty).allowed(Service::files("docs", [source])).started();
+    agent.archiver().fail_at(Moment::Store);
     world.receiver.kill9();
     for _ in 0..12 {
         assert_eq!(agent.snapshot("docs").text("status"), "failed");

@@ -5,14 +5,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use hestner_tests::receiver::rows;
-use hestner_tests::restic::FaultyRestic;
-use hestner_tests::{Agent, AgentBuilder, Hook, Service, World, files, is_root_or_skips, wait_for};
+use hestner_tests::{Agent, AgentBuilder, Archiver, Hook, Moment, Service, World, files, is_root_or_skips, wait_for};
 use serde_json::{Value, json};
 
 /// An agent whose hook and archiver leave marks, with service `docs`.
 pub(crate) struct Watched {
     pub(crate) world: World,
-    pub(crate) faulty: FaultyRestic,
+    pub(crate) archiver: Archiver,
     pub(crate) notes: PathBuf,
     hook: PathBuf,
 }
@@ -22,21 +21,21 @@ impl Watched {
         let world = World::new(name);
         let notes = world.at("notes.txt");
         let hook = files::write_script(world.at("hooks/note"), &format!("echo \"$*\" >> {}", notes.display()));
-        let faulty = FaultyRestic::new(&world.at("bin"));
-        Self { world, faulty, notes, hook }
+        let archiver = world.agent().archiver();
+        Self { world, archiver, notes, hook }
     }
 
     pub(crate) fn builder(&self) -> AgentBuilder {
         let hook = self.hook.to_string_lossy().into_owned();
         let service = Service::files("docs", [self.world.source("source")])
             .hook(Hook::new("db").pre(&[&hook, "pre"]).post(&[&hook, "post"]));
-        self.world.agent().restic(&self.faulty).service(service)
+        self.world.agent().service(service)
     }
 
     /// Neither a hook nor an archiver was started.
     pub(crate) fn assert_untouched(&self) {
         assert!(!self.notes.exists(), "a hook was started: {:?}", files::lines(&self.notes));
-        assert_eq!(self.faulty.count("backup"), 0, "an archiver was started: {:?}", self.faulty.calls());
+        assert_eq!(self.archiver.stores_begun(), 0, "an archiver was started: {:?}", self.archiver.notes());
     }
 
     /// Asks the centre for a snapshot of `service` and waits for what becomes of it.
@@ -381,17 +380,19 @@ fn rest_answers_only_whom_it_may() {
 #[test]
 fn secrets_appear_in_no_log_no_command_line_and_no_environment() {
     let watched = Watched::new("grants-secrets");
-    // Slow enough to look at the archiver.
-    watched.faulty.on("backup", "touch \"$HERE/marks/backup\"; sleep 1");
     let agent = watched.builder().grant("docs", "snapshot", "allow").started();
+    // With the repository open, so that all its secrets are in use.
+    watched.archiver.hold_at(Moment::Commit);
     let snapshot = agent.snapshot_started("docs");
-    watched.faulty.wait_reached("backup");
+    watched.archiver.wait_reached(Moment::Commit);
+    assert!(agent.part("worker").is_some(), "the archiver is looked at");
     let password = secret_of(&agent.repository("local").password_file);
     for process in hestner_tests::processes::descendants(agent.pid()) {
         let environment = std::fs::read(format!("/proc/{}/environ", process.pid)).unwrap_or_default();
         assert!(!process.names(&password), "in the command line of {process:?}");
         assert!(!String::from_utf8_lossy(&environment).contains(&password), "in the environment of {process:?}");
     }
+    watched.archiver.go_on();
     assert_eq!(snapshot.run().text("status"), "success");
     use std::os::unix::fs::MetadataExt as _;
     let mode = std::fs::metadata(&agent.repository("local").password_file).expect("a file").mode() & 0o7777;

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use hestner_tests::mounts::Mounted;
-use hestner_tests::restic::FaultyRestic;
 use hestner_tests::{
     Agent, Cmd, Hook, Service, World, clock, files, is_root_or_skips, processes, wait_for, wait_until,
 };
@@ -130,10 +129,10 @@ fn matrix_of_hooks_that_exit_with_0_succeeds_without_survivors() {
 /// Takes one snapshot a misdeed; each must fail with `class`, without a worker and without survivors.
 fn fails_each(world: &World, misdeeds: &[Misdeed], class: &str) {
     let program = Program::new(world);
-    let faulty = hestner_tests::restic::FaultyRestic::new(&world.at("bin"));
     let source = world.source("source");
     let services = misdeeds.iter().map(|m| Service::files(&m.name(), [&source]).hook(m.hook(&program.path)));
-    let builder = services.fold(world.agent().restic(&faulty), hestner_tests::AgentBuilder::allowed);
+    let builder = services.fold(world.agent(), hestner_tests::AgentBuilder::allowed);
+    let archiver = builder.archiver();
     let agent = builder.started();
     for misdeed in misdeeds {
         let name = misdeed.name();
@@ -142,7 +141,7 @@ fn fails_each(world: &World, misdeeds: &[Misdeed], class: &str) {
         program.assert_no_survivor(&format!("{misdeed:?}"));
         program.assert_one_post_a_pre(&name);
     }
-    assert_eq!(faulty.count("backup"), 0, "a failed pre hook means that no snapshot is taken");
+    assert_eq!(archiver.stores_begun(), 0, "a failed pre hook means that no snapshot is taken");
     agent.assert_repository_holds(&[]);
 }
 
@@ -196,7 +195,6 @@ fn failed_pre_hook_keeps_every_kind_of_point_from_being_taken() {
         return;
     }
     let world = World::new("hooks-kinds");
-    let faulty = FaultyRestic::new(&world.at("bin"));
     let (note, notes) = noting_program(&world);
     let command = files::write_script(world.at("hooks/point"), &format!("echo \"point $1\" >> {}", notes.display()));
     let command = command.to_string_lossy().into_owned();
@@ -213,7 +211,8 @@ fn failed_pre_hook_keeps_every_kind_of_point_from_being_taken() {
         service.point_program("command", &[&command, "taken"]).point_program("remove_command", &[&command, "removed"])
     };
     let kinds = ["none", "btrfs", "reflink", "fsfreeze"];
-    let builder = kinds.iter().fold(world.agent().restic(&faulty), |agent, kind| agent.allowed(service(kind)));
+    let builder = kinds.iter().fold(world.agent(), |agent, kind| agent.allowed(service(kind)));
+    let archiver = builder.archiver();
     let agent = builder.started();
     let before = Cmd::new("ls").arg("-A").arg(disk.path()).ok();
     for kind in kinds {
@@ -227,7 +226,7 @@ fn failed_pre_hook_keeps_every_kind_of_point_from_being_taken() {
         files::lines(&notes)
     );
     assert_eq!(Cmd::new("ls").arg("-A").arg(disk.path()).ok(), before, "nothing was made");
-    assert_eq!(faulty.count("backup"), 0);
+    assert_eq!(archiver.stores_begun(), 0);
     agent.assert_repository_holds(&[]);
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use hestner_tests::{Hook, Service, World, files, tree, wait_for, wait_until};
+use hestner_tests::{Hook, Moment, Service, World, files, tree, wait_for, wait_until};
 use serde_json::json;
 
 /// A hook program that adds its arguments to a file as one line.
@@ -177,6 +177,23 @@ fn retention_keeps_the_newest_two_where_the_host_allows_pruning_and_all_where_no
 }
 
 #[test]
+fn retention_that_fails_leaves_the_run_good_and_is_done_after_the_next_one() {
+    let world = World::new("journey-retention-fails");
+    let service = Service::files("docs", [world.source("source")]);
+    let agent = world.agent().allowed(service).grant("docs", "prune", "allow").started();
+    let archiver = agent.archiver();
+    keep_two(&world, agent.server_id);
+    let (first, second) = (agent.snapshot_ok("docs"), agent.snapshot_ok("docs"));
+    archiver.fail_at(Moment::Expire);
+    let third = agent.snapshot_ok("docs");
+    assert!(third.0["warnings"].to_string().contains("retention"), "{third:?}");
+    agent.assert_repository_holds(&[&first, &second, &third]);
+    archiver.go_on();
+    let fourth = agent.snapshot_ok("docs");
+    agent.assert_repository_holds(&[&third, &fourth]);
+}
+
+#[test]
 fn second_snapshot_of_an_unchanged_tree_stores_next_to_nothing() {
     let world = World::new("journey-unchanged");
     let agent = world.agent().allowed(Service::files("docs", [world.bulky_source("source", 4_000_000)])).started();
@@ -187,6 +204,48 @@ fn second_snapshot_of_an_unchanged_tree_stores_next_to_nothing() {
     assert_eq!(second.number("size_bytes"), first.number("size_bytes"));
     assert_ne!(second.uid(), first.uid());
     agent.assert_repository_holds(&[&first, &second]);
+}
+
+#[test]
+fn snapshots_of_stock_restic_lie_beside_ours_and_both_go_on() {
+    let world = World::new("journey-beside");
+    let source = world.bulky_source("source", 4_000_000);
+    let before = tree::manifest(&source);
+    let service = Service::files("docs", [&source]);
+    let agent = world.agent().allowed(service).grant("docs", "prune", "allow").started();
+    let first = agent.snapshot_ok("docs");
+    let repository = agent.repository("local");
+    let stored = || repository.stock(&["stats", "--mode", "raw-data", "--json"]).run().json()["total_size"].clone();
+    let bytes = stored().as_u64().expect("bytes");
+    let by_stock = || {
+        repository.stock(&["backup", "--tag", "theirs", source.to_str().expect("UTF-8")]).ok();
+        let theirs = |s: &&serde_json::Value| s["tags"] == json!(["theirs"]);
+        repository.snapshots().iter().rfind(theirs).map(|s| s["id"].as_str().expect("an id").to_owned())
+    };
+    let theirs = by_stock().expect("a snapshot of stock restic");
+    let second = agent.snapshot_ok("docs");
+    assert!(stored().as_u64() < Some(bytes + 100_000), "nothing is stored twice");
+    let difference = repository.stock(&["diff", "--metadata", &theirs, &second.snapshot_id()]).ok();
+    assert!(difference.contains("Files:           0 new,     0 removed,     0 changed"), "{difference}");
+
+    // Retention counts and removes ours only.
+    keep_two(&world, agent.server_id);
+    agent.snapshot_ok("docs");
+    let third = by_stock().expect("a snapshot of stock restic");
+    let held: Vec<String> = repository.snapshots().iter().map(|s| s["id"].as_str().expect("an id").into()).collect();
+    assert!(!held.contains(&first.snapshot_id()), "{held:?}");
+    for kept in [&theirs, &third, &second.snapshot_id()] {
+        assert!(held.contains(kept), "{kept} of {held:?}");
+        let target = world.at(&format!("by-restic-{kept}"));
+        repository.restore(kept, &target);
+        tree::assert_same_manifest(&before, &tree::manifest(&tree::restored(&target, &source)));
+    }
+    let target = world.at("by-hestner");
+    agent.restore(second.uid(), &target).ok();
+    tree::assert_same_manifest(&before, &tree::manifest(&tree::restored(&target, &source)));
+    agent.cli(&["verify", second.uid()]).ok();
+    let check = repository.check();
+    assert_eq!(check.code, Some(0), "{check}");
 }
 
 #[test]
@@ -236,21 +295,26 @@ fn dry_run_prints_the_plan_and_does_nothing() {
 #[test]
 fn progress_of_a_running_archive_is_seen_at_the_centre() {
     let world = World::new("journey-progress");
-    let faulty = hestner_tests::restic::FaultyRestic::new(&world.at("bin"));
-    faulty.slow_down(3_000);
-    let source = world.bulky_source("source", 40_000_000);
-    let agent = world.agent().restic(&faulty).allowed(Service::files("docs", [source])).started();
+    let source = world.at("source");
+    for number in 0..40 {
+        files::write(source.join(format!("part-{number}.bin")), files::random_bytes(1_000_000));
+    }
+    let agent = world.agent().allowed(Service::files("docs", [source])).started();
+    let archiver = agent.archiver();
+    archiver.hold_at(Moment::Pack(2));
     let snapshot = agent.snapshot_started("docs");
     let running = wait_for("progress at the receiver", Duration::from_secs(60), || {
         let run = world.receiver.runs(agent.server_id).into_iter().next()?;
-        (run["progress"]["bytes_done"].as_u64()? > 0).then_some(run)
+        let progress = |what: &str| run["progress"][what].as_u64().unwrap_or(0);
+        (progress("bytes_done") > 0 && progress("files_done") > 0).then_some(run)
     });
     assert_eq!(
         (&running["status"], &running["progress"]["phase"]),
         (&json!("running"), &json!("archive")),
         "{running}"
     );
-    assert!(running["progress"]["bytes_total"].as_u64().is_some_and(|total| total >= 40_000_000), "{running}");
-    faulty.heal("backup");
+    let done = running["progress"]["bytes_done"].as_u64();
+    assert!(done.is_some_and(|done| done < 40_000_000), "it is under way: {running}");
+    archiver.go_on();
     assert_eq!(snapshot.run().text("status"), "success");
 }

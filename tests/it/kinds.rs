@@ -9,9 +9,8 @@ use std::process::Child;
 use std::time::Duration;
 
 use hestner_tests::mounts::Mounted;
-use hestner_tests::restic::FaultyRestic;
 use hestner_tests::{
-    Agent, Cmd, Hook, Run, Service, World, clock, files, is_root_or_skips, processes, tree, wait_until,
+    Agent, Cmd, Hook, Moment, Run, Service, World, clock, files, is_root_or_skips, processes, tree, wait_until,
 };
 
 /// Appends a numbered line to `log` in a folder, time and again, until its handle goes.
@@ -289,10 +288,8 @@ fn copy_that_shares_blocks_is_one_moment_while_hooks_hold_the_writers() {
         // A folder on the filesystem, and the whole of it: there the copy has to lie inside.
         let service =
             |name: &str, path: &Path| Service::files(name, [path]).point_line("kind = \"reflink\"").hook(hook.clone());
-        let faulty = FaultyRestic::new(&world.at("bin"));
         let agent = world
             .agent()
-            .restic(&faulty)
             .allowed(service("folder", &source).consistency("application"))
             .allowed(service("whole", disk.path()))
             .started();
@@ -317,12 +314,13 @@ fn copy_that_shares_blocks_is_one_moment_while_hooks_hold_the_writers() {
         assert_eq!(agent.snapshot_ok("bare").text("consistency_achieved"), "none", "{kind}");
         assert_eq!(own_remains(disk.path()), Vec::<String>::new(), "{kind}");
         // A run that dies while it reads its copy leaves none for long.
-        faulty.hang_on("backup");
+        let archiver = agent.archiver();
+        archiver.hold_at(Moment::Store);
         agent.cli(&["snapshot", "bare", "--detach"]).ok();
-        faulty.wait_reached("backup");
+        archiver.wait_reached(Moment::Store);
         assert_eq!(own_remains(disk.path()).len(), 1, "{kind}: the archiver reads the copy");
         processes::kill(agent.wait_part("runner").pid);
-        faulty.heal("backup");
+        archiver.go_on();
         wait_until("the copy to be gone", Duration::from_secs(60), || own_remains(disk.path()).is_empty());
         drop(appender);
     }
@@ -467,20 +465,20 @@ fn logical_volume_is_snapshotted_mounted_read_and_removed() {
     }
     let OnDisk { world, disk, source } = on_disk("kinds-lvm", "ext4");
     let played = Played::new(&world, &disk);
-    let faulty = FaultyRestic::new(&world.at("bin"));
     let service = Service::files("docs", [&source]).point_line("kind = \"lvm\"").point_line("snapshot_size = \"2G\"");
-    let mut agent = played.agent(world.agent()).restic(&faulty).allowed(service.consistency("filesystem")).started();
+    let mut agent = played.agent(world.agent()).allowed(service.consistency("filesystem")).started();
+    let archiver = agent.archiver();
     let held = mounts(&world);
     let before = tree::manifest(&source);
     let point = agent.state().join("points");
 
-    faulty.hang_on("backup");
+    archiver.hold_at(Moment::Store);
     let snapshot = agent.snapshot_started("docs");
-    faulty.wait_reached("backup");
+    archiver.wait_reached(Moment::Store);
     assert_eq!(mounts(&world).len(), held.len() + 1, "the archiver reads the mounted snapshot");
     files::write(source.join("part0/file0.txt"), "changed later");
     files::write(source.join("written-later.txt"), "later");
-    faulty.heal("backup");
+    archiver.go_on();
     let run = snapshot.run();
     assert_eq!(run.text("status"), "success", "{run:?}");
     assert_eq!(run.text("consistency_achieved"), "filesystem", "{run:?}");
@@ -512,22 +510,22 @@ fn logical_volume_is_snapshotted_mounted_read_and_removed() {
     files::write(world.at("played/attr"), "swi-aos---");
 
     // Killed while it is made, and while it is read: the next start removes it by the note.
-    for hang in ["lvcreate", "backup"] {
-        if hang == "backup" {
-            faulty.hang_on("backup")
+    for hang in ["lvcreate", "store"] {
+        if hang == "store" {
+            archiver.hold_at(Moment::Store);
         } else {
             drop(files::write(world.at("played/hang"), ""))
         }
         agent.cli(&["snapshot", "docs", "--detach"]).ok();
         wait_until("the snapshot to be made", Duration::from_secs(30), || world.at("played/name").exists());
-        if hang == "backup" {
-            faulty.wait_reached("backup");
+        if hang == "store" {
+            archiver.wait_reached(Moment::Store);
         }
         let below = processes::descendants(agent.pid());
         agent.kill9();
         below.iter().for_each(|process| processes::kill(process.pid));
         processes::kill_all_naming(&world.at("played/lvcreate"));
-        faulty.heal("backup");
+        archiver.go_on();
         let _ = std::fs::remove_file(world.at("played/hang"));
         assert!(!played.is_clean(), "{hang}");
         let suspended = || world.at("played/suspended-vg0-data").exists();

@@ -3,7 +3,6 @@
 //! One file a behaviour. A test starts its own receiver and agents in a folder of its own
 //! ([`hestner_tests::World`]), so that tests run side by side; what it asserts stands in its name.
 
-mod archiver;
 mod bad_input;
 mod booted;
 mod booted_packages;
@@ -33,4 +32,5 @@ mod recovery_key;
 mod resume;
 mod separation;
 mod storage;
+mod storage_faults;
 mod thaw;

@@ -30,7 +30,6 @@ fn restore_that_is_killed_ten_times_goes_on_and_is_right() {
     let before = tree::manifest(&source);
     let agent = world
         .agent()
-        .setting("repository", "archiver = \"hestner\"")
         .allowed(Service::files("docs", [&source]))
         .started();
     let run = agent.snapshot_ok("docs");

@@ -12,6 +12,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
+use crate::archiver::Archiver;
 use crate::builder::AgentBuilder;
 use crate::clock::{self, wait_for, wait_until};
 use crate::command::{Cmd, Ended};
@@ -237,19 +238,9 @@ impl Agent {
         wait_for(&format!("a {word} process"), Duration::from_secs(30), || self.part(word))
     }
 
-    /// The archiver's process: restic with the verb `backup`.
-    pub fn archiver(&self) -> Option<Process> {
-        let below = processes::descendants(self.pid());
-        below.into_iter().find(|p| p.argv.first().is_some_and(|a| a.ends_with("restic")) && p.names("backup"))
-    }
-
-    /// Waits until the archiver has stored its first pack.
-    pub fn wait_archiving(&self) -> Process {
-        let repository = self.repository_path("local");
-        wait_for("the archiver to store packs", Duration::from_secs(60), || {
-            let stored = Repository { path: repository.clone(), password_file: PathBuf::new() }.has_packs();
-            self.archiver().filter(|_| stored)
-        })
+    /// A handle to its archiver, from which a run can be held and broken.
+    pub fn archiver(&self) -> Archiver {
+        Archiver::of(self.state())
     }
 
     /// Takes a snapshot to its end.

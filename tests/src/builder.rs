@@ -7,6 +7,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use crate::agent::Agent;
+use crate::archiver::Archiver;
 use crate::receiver::Receiver;
 use crate::restic::{FaultyRestic, STOCK};
 use crate::service::Service;
@@ -70,6 +71,11 @@ impl AgentBuilder {
     pub(crate) fn socket_folder(&self) -> PathBuf {
         // The daemon makes its socket in a folder of its own.
         self.daemon_uid.map_or_else(|| self.folder.clone(), |_| self.folder.join("socket"))
+    }
+
+    /// A handle to its archiver, from which a run can be held and broken.
+    pub fn archiver(&self) -> Archiver {
+        Archiver::of(&self.state)
     }
 
     /// Uses a program in restic's place.

@@ -2,7 +2,7 @@
 //!
 //! In: a path and what to put there. Out: the path. Everything panics with the path on an error.
 
-#![expect(clippy::disallowed_methods, reason = "this module wraps std::fs::write")]
+#![expect(clippy::disallowed_methods, reason = "this module wraps std::fs::write and std::fs::rename")]
 
 use std::fs;
 use std::io::Read as _;
@@ -16,6 +16,14 @@ pub fn write(path: impl AsRef<Path>, content: impl AsRef<[u8]>) -> PathBuf {
         fs::create_dir_all(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
     }
     fs::write(path, content).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    path.to_owned()
+}
+
+/// Writes a file of which a reader sees the old content or the new one, and nothing between.
+pub fn replace(path: impl AsRef<Path>, content: impl AsRef<[u8]>) -> PathBuf {
+    let path = path.as_ref();
+    let new = write(path.with_extension("new"), content);
+    fs::rename(new, path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     path.to_owned()
 }
 

@@ -7,6 +7,7 @@
 //! a test cannot pass because both sides share a mistake.
 
 pub mod agent;
+pub mod archiver;
 pub mod booted;
 pub mod builder;
 pub mod cgroups;
@@ -33,6 +34,7 @@ pub mod world;
 pub mod writer;
 
 pub use agent::Agent;
+pub use archiver::{Archiver, Moment};
 pub use builder::AgentBuilder;
 pub use clock::{wait_for, wait_until};
 pub use command::{Cmd, Ended};

@@ -7,11 +7,11 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::archiver::{Archiver, Moment};
 use crate::booted::Hierarchy;
 use crate::clock::{self, wait_for, wait_until};
 use crate::mounts::Mounted;
 use crate::processes::{self, Process};
-use crate::restic::FaultyRestic;
 use crate::units::Units;
 use crate::writer::Writer;
 use crate::{Agent, Hook, Run, Service, World, files};
@@ -109,7 +109,7 @@ pub struct Stage {
     pub disk: Mounted,
     /// The filesystem that holds the agent's state.
     pub state_disk: Mounted,
-    faulty: FaultyRestic,
+    archiver: Archiver,
     folder: PathBuf,
     _world: World,
 }
@@ -121,7 +121,6 @@ impl Stage {
         let folder = world.path().to_owned();
         let disk = Mounted::of_kind(filesystem, &world.at("disk"));
         let state_disk = Mounted::ext4(&world.at("state-disk"), 48);
-        let faulty = FaultyRestic::new(&world.at("bin"));
         files::small_tree(&disk.path().join("data"), 20, 2_000);
         let program = files::write_script(world.at("programs/step"), &script(&folder)).to_string_lossy().into_owned();
         let hook = Hook::new("db").pre(&[&program, "pre"]).post(&[&program, "post"]).timeout("3s");
@@ -133,7 +132,6 @@ impl Stage {
             .point_program("remove_command", &[&program, "remove"]);
         let mut builder = world
             .agent()
-            .restic(&faulty)
             .state(&state_disk.path().join("state"))
             .setting("freeze", &format!("window = \"{}s\"", WINDOW.as_secs()))
             .allowed(service);
@@ -146,8 +144,9 @@ impl Stage {
             }
         };
         let agent = builder.started();
+        let archiver = agent.archiver();
         let writer = Writer::start(disk.path());
-        Some(Self { agent, writer, units, disk, state_disk, faulty, folder, _world: world })
+        Some(Self { agent, writer, units, disk, state_disk, archiver, folder, _world: world })
     }
 
     fn at(&self, name: &str) -> PathBuf {
@@ -193,7 +192,7 @@ impl Stage {
     /// From now on runs wait at a step outside of the runner.
     pub fn hold(&self, step: Step) {
         match step {
-            Step::Archive => self.faulty.hang_on("backup"),
+            Step::Archive => self.archiver.hold_at(Moment::Store),
             step => drop(files::write(self.at(&format!("gate-{}", step.gate())), "")),
         }
     }
@@ -201,7 +200,7 @@ impl Stage {
     /// Waits until a run stands at such a step.
     pub fn wait_held(&self, step: Step, uid: &str) {
         match step {
-            Step::Archive => self.faulty.wait_reached("backup"),
+            Step::Archive => self.archiver.wait_reached(Moment::Store),
             step => {
                 let gate = step.gate();
                 wait_until(&format!("the run to be in {gate}"), REACHED_WITHIN, || self.count(uid, gate) > 0);
@@ -214,7 +213,7 @@ impl Stage {
         for gate in ["gate-pre", "gate-command", "gate-post"] {
             let _ = std::fs::remove_file(self.at(gate));
         }
-        self.faulty.heal("backup");
+        self.archiver.go_on();
     }
 
     /// Makes `pre_freeze` leave so many megabytes of dirty pages.

@@ -25,6 +25,7 @@
 //! partial is ever counted or offered.
 
 mod errors;
+pub mod failpoints;
 pub mod index;
 pub mod keys;
 pub mod lock;

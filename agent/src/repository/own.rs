@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
+use super::failpoints::Failpoints;
 use super::lock::{HeldLock, Sharing};
 use super::open::{Archive, ArchiveError, Who};
 use super::progress::Watch;
@@ -59,11 +60,16 @@ impl Place {
     fn storage(&self) -> Result<Arc<dyn Storage>, RepositoryError> {
         let Location { destination, limits, .. } = &self.0;
         let storage = place::open(destination, &self.0.name(), limits).map_err(ArchiveError::from)?;
-        Ok(storage.into())
+        Ok(self.watched(storage))
     }
 
     fn open(&self) -> Result<Archive, RepositoryError> {
         Archive::open(self.storage()?, &self.password()?).map_err(|error| self.named(error))
+    }
+
+    /// With the moments at which tests break it.
+    fn watched(&self, storage: Box<dyn Storage>) -> Arc<dyn Storage> {
+        Failpoints::beside(&self.0.keys).around(storage.into())
     }
 
     /// The words of the face for what it has words for.
@@ -102,7 +108,7 @@ pub(super) async fn make(location: &Location) -> Result<String, RepositoryError>
         let Location { destination, limits, .. } = &place.0;
         let storage = place::create(destination, &place.0.name(), limits).map_err(ArchiveError::from)?;
         let (who, password) = (Who::this_process(), place.password()?);
-        let made = Archive::make(storage.into(), &password, Cost::default(), &who, clock().as_ref());
+        let made = Archive::make(place.watched(storage), &password, Cost::default(), &who, clock().as_ref());
         Ok(made.map_err(|error| place.named(error))?.config().id.clone())
     })
     .await

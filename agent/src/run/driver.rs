@@ -595,16 +595,19 @@ impl<'a> Driver<'a> {
                 }
             }
         };
-        let WorkerEvent::Stored { stored, repository_bytes } = last.await? else {
+        let last = last.await;
+        let was_read = last.as_ref().map_or_else(|failure| failure.class == ErrorClass::SourceUnreadable, |_| true);
+        // A snapshot is what it was; only a live tree can be replaced while it is read. One that is gone is also why
+        // it could not be read.
+        if let (Some(paths), true) = (&plan.paths, plan.point.is_live() && was_read) {
+            paths.look_again().map_err(|e| Failure::of(ErrorClass::SourceMissing, &e))?;
+        }
+        let WorkerEvent::Stored { stored, repository_bytes } = last? else {
             return Err(Failure::new(
                 ErrorClass::WorkerKilled,
                 "the worker ended with another result than was asked for",
             ));
         };
-        // A snapshot is what it was; only a live tree can be replaced while it is read.
-        if let (Some(paths), true) = (&plan.paths, plan.point.is_live()) {
-            paths.look_again().map_err(|e| Failure::of(ErrorClass::SourceMissing, &e))?;
-        }
         if let Some(point) = &self.point {
             point.check(&self.host.freeze).await.map_err(|e| point_failure(&e))?;
         }

@@ -25,6 +25,7 @@ use super::messages::{Failure, Work, WorkerEvent, WorkerOrder, WorkerTask, recei
 use crate::freeze::Bind;
 use crate::platform::process::{self, IoPriority};
 use crate::policy::{Effort, IoClass};
+use crate::repository::failpoints::Failpoints;
 use crate::repository::{Job, Progress, Repository, RepositoryError};
 
 /// Progress is said at most so often.
@@ -51,17 +52,27 @@ pub async fn run(stream: Option<StreamEnds>) -> io::Result<()> {
     let task: WorkerTask = receive(&mut input).await.ok_or(io::ErrorKind::UnexpectedEof)?;
     // Threads that are started from here on inherit it.
     give_way(&task.effort);
+    let failpoints = Failpoints::beside(&task.location.keys);
     let repository = Repository::at(task.location);
     let last = match task.work {
         Work::Store { job, binds, keep, recovery_recipient } => {
-            let store = Store { repository, job, binds, keep, recovery_recipient };
+            failpoints.begin("store");
+            let store = Store { repository, failpoints, job, binds, keep, recovery_recipient };
             store.run(input, &mut output, stream).await?
         }
         Work::Forget { run_uid } => {
+            failpoints.begin("forget");
             let forgotten = repository.forget_run(&run_uid).await;
             removed(&repository, forgotten.map(|()| None)).await
         }
-        Work::Expire { snapshot_ids } => removed(&repository, repository.expire(&snapshot_ids).await).await,
+        Work::Expire { snapshot_ids } => {
+            failpoints.begin("expire");
+            let expired = async {
+                failpoints.at("expire").await?;
+                repository.expire(&snapshot_ids).await
+            };
+            removed(&repository, expired.await).await
+        }
     };
     send(&mut output, &last).await
 }
@@ -113,6 +124,7 @@ fn enter_view(binds: &[Bind], keep: &[PathBuf]) -> io::Result<()> {
 
 struct Store {
     repository: Repository,
+    failpoints: Failpoints,
     job: Job,
     binds: Vec<Bind>,
     keep: Vec<PathBuf>,
@@ -173,9 +185,15 @@ impl Store {
         cancelled: impl Future<Output = ()>,
         events: mpsc::Sender<WorkerEvent>,
     ) -> Result<WorkerEvent, RepositoryError> {
+        tokio::pin!(cancelled);
+        tokio::select! {
+            reached = self.failpoints.at("store") => reached?,
+            () = &mut cancelled => return Err(RepositoryError::Cancelled),
+        }
         let mut say = Throttle { events, next: Instant::now() };
         let on_progress = |phase, progress| say.progress(phase, progress);
         let stored = self.repository.store(&self.job, stream, cancelled, on_progress).await?;
+        self.failpoints.at("stored").await?;
         Ok(WorkerEvent::Stored { stored, repository_bytes: self.repository.size_bytes().await? })
     }
 }

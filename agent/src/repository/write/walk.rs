@@ -67,6 +67,8 @@ struct Walk<'w, 'p, 'a> {
     one_file_system: bool,
     skip_caches: bool,
     targets: HashSet<PathBuf>,
+    /// Those of them that were not there at the beginning; they are counted.
+    missing: HashSet<PathBuf>,
     buffer: Vec<MaybeUninit<u8>>,
     frames: Vec<Frame>,
 }
@@ -81,10 +83,12 @@ pub(super) fn walk(
 ) -> Result<(), Stop> {
     let Files { paths, exclude, one_file_system, skip_caches, live: _ } = files;
     let root = name(&paths).map_err(|error| pipeline.fail(error))?;
+    let mut missing = HashSet::new();
     for path in &paths {
         // A path that is not there is an error in a tree that lives, too: somebody named it.
         if let Err(error) = step().and_then(|()| rustix::fs::lstat(path)) {
             pipeline.unreadable(path, &error);
+            missing.insert(path.clone());
         }
     }
     let mut walk = Walk {
@@ -96,6 +100,7 @@ pub(super) fn walk(
         one_file_system,
         skip_caches,
         targets: paths.into_iter().collect(),
+        missing,
         buffer: vec![MaybeUninit::uninit(); LISTING_BYTES],
         frames: Vec::new(),
     };
@@ -215,10 +220,10 @@ impl Walk<'_, '_, '_> {
         let folder = frame.folder.clone();
         let path = path_of(&folder.path, &listed.name);
         // Somebody named it: then it is no matter that it lives.
-        if self.targets.contains(&path) {
-            self.pipeline.unreadable(&path, &error);
-        } else {
-            self.pipeline.entry_failed(&path, error);
+        match self.targets.contains(&path) {
+            true if self.missing.contains(&path) => {}
+            true => self.pipeline.unreadable(&path, &error),
+            false => self.pipeline.entry_failed(&path, error),
         }
         folder.bring(self.pipeline, self.tools, listed.slot, &[])
     }
