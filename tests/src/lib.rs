@@ -15,6 +15,7 @@ pub mod command;
 pub mod docker;
 pub mod files;
 pub mod http;
+pub mod memory;
 pub mod mounts;
 pub mod ports;
 pub mod processes;
