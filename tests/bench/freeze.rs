@@ -209,7 +209,7 @@ impl Freeze<'_> {
                 metric: "until thawed",
                 unit: "ms",
                 hestner: Figure::of(thawed),
-                peer: None,
+                peers: Vec::new(),
             });
         }
         Ok(())
@@ -249,10 +249,10 @@ impl Freeze<'_> {
 
     fn add(&mut self, case: &str, peer: &str, times: Times) {
         let row =
-            |metric, ours, peer| Row { case: case.to_owned(), metric, unit: "ms", hestner: Figure::of(ours), peer };
-        self.rows.push(row("window", times.window, Some((peer.to_owned(), Figure::of(times.by_hand)))));
+            |metric, ours, peers| Row { case: case.to_owned(), metric, unit: "ms", hestner: Figure::of(ours), peers };
+        self.rows.push(row("window", times.window, vec![(peer.to_owned(), Figure::of(times.by_hand))]));
         if !times.between.is_empty() {
-            self.rows.push(row("between hooks", times.between, None));
+            self.rows.push(row("between hooks", times.between, Vec::new()));
         }
     }
 }

@@ -34,7 +34,7 @@ pub(crate) fn run(seconds: u32) -> Bench {
         metric,
         unit,
         hestner: Figure::of(vec![value]),
-        peer: None,
+        peers: Vec::new(),
     };
     let rows = vec![
         row("rss", "MiB", memory("status", "VmRSS")),

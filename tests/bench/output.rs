@@ -1,7 +1,8 @@
 //! What a benchmark found, as a table and as JSON.
 //!
 //! In: rows of figures. Out: text. The JSON form is what others rely on: `bench`, `machine` and `rows` of
-//! `case`, `metric`, `unit`, `hestner`, `peer`, `peer_value`, `ratio`, and the spread beside them.
+//! `case`, `metric`, `unit`, `hestner`, `peer`, `peer_value`, `ratio`, and the spread beside them. Where there are
+//! several peers, `peer` and `ratio` are of the best one for that figure, and `peers` has the medians of all.
 
 use std::fmt::Write as _;
 
@@ -44,7 +45,20 @@ pub(crate) struct Row {
     pub(crate) metric: &'static str,
     pub(crate) unit: &'static str,
     pub(crate) hestner: Figure,
-    pub(crate) peer: Option<(String, Figure)>,
+    /// Others that did the same, in turns.
+    pub(crate) peers: Vec<(String, Figure)>,
+}
+
+impl Row {
+    /// Whoever needed least.
+    fn best(&self) -> Option<&(String, Figure)> {
+        self.peers.iter().min_by(|a, b| a.1.median.total_cmp(&b.1.median))
+    }
+
+    /// Our share of what the best peer needed.
+    fn ratio(&self) -> Option<f64> {
+        self.best().filter(|(_, f)| f.median > 0.0).map(|(_, f)| self.hestner.median / f.median)
+    }
 }
 
 /// A whole benchmark.
@@ -62,15 +76,18 @@ pub(crate) fn json(bench: &Bench) -> Value {
 }
 
 fn row_json(row: &Row) -> Value {
-    let Row { case, metric, unit, hestner, peer } = row;
-    let value = peer.as_ref().map(|(_, figure)| figure.median);
+    let Row { case, metric, unit, hestner, peers } = row;
+    let best = row.best();
+    let of_best = |of: fn(&Figure) -> f64| best.map(|(_, figure)| rounded(of(figure)));
+    let all: serde_json::Map<String, Value> =
+        peers.iter().map(|(name, figure)| (name.clone(), rounded(figure.median).into())).collect();
     json!({
         "case": case, "metric": metric, "unit": unit,
         "hestner": rounded(hestner.median), "hestner_min": rounded(hestner.min), "hestner_max": rounded(hestner.max),
-        "hestner_p99": hestner.p99.map(rounded), "peer_p99": peer.as_ref().and_then(|(_, f)| f.p99).map(rounded),
-        "peer": peer.as_ref().map(|(name, _)| name), "peer_value": value.map(rounded),
-        "peer_min": peer.as_ref().map(|(_, f)| rounded(f.min)), "peer_max": peer.as_ref().map(|(_, f)| rounded(f.max)),
-        "ratio": value.filter(|v| *v > 0.0).map(|v| rounded(hestner.median / v)),
+        "hestner_p99": hestner.p99.map(rounded), "peer_p99": best.and_then(|(_, f)| f.p99).map(rounded),
+        "peer": best.map(|(name, _)| name), "peer_value": of_best(|f| f.median),
+        "peer_min": of_best(|f| f.min), "peer_max": of_best(|f| f.max),
+        "ratio": row.ratio().map(rounded), "peers": all,
     })
 }
 
@@ -84,17 +101,70 @@ pub(crate) fn table(bench: &Bench) -> String {
     let is_wide = bench.rows.iter().any(|row| row.hestner.p99.is_some());
     let figure = if is_wide { 36 } else { 26 };
     let case = bench.rows.iter().map(|row| row.case.len()).max().unwrap_or_default().max(14);
-    let (ours, theirs) = ("hestner (min..max)", "peer (min..max)");
-    let _ = writeln!(text, "{:<case$} {:<22} {ours:>figure$} {theirs:>figure$} {:>7}", "case", "metric", "ratio");
+    let peers = peer_names(bench);
+    let _ = write!(text, "{:<case$} {:<22} {:>figure$}", "case", "metric", "hestner (min..max)");
+    for peer in &peers {
+        let _ = write!(text, " {peer:>figure$}");
+    }
+    let _ = writeln!(text, " {:>7}", "ratio");
     for row in &bench.rows {
-        let peer = row.peer.as_ref().map_or_else(|| "-".to_owned(), |(_, f)| f.shown());
-        let ratio = row.peer.as_ref().filter(|(_, f)| f.median > 0.0);
-        let ratio = ratio.map_or_else(|| "-".to_owned(), |(_, f)| format!("{:.2}", row.hestner.median / f.median));
         let metric = format!("{}, {}", row.metric, row.unit);
-        let hestner = row.hestner.shown();
-        let _ = writeln!(text, "{:<case$} {metric:<22} {hestner:>figure$} {peer:>figure$} {ratio:>7}", row.case);
+        let _ = write!(text, "{:<case$} {metric:<22} {:>figure$}", row.case, row.hestner.shown());
+        for at in 0..peers.len() {
+            let shown = row.peers.get(at).map_or_else(|| "-".to_owned(), |(_, f)| f.shown());
+            let _ = write!(text, " {shown:>figure$}");
+        }
+        let _ = writeln!(text, " {:>7}", shown_ratio(row));
     }
     text
+}
+
+/// For a page of the documentation: medians only.
+pub(crate) fn markdown(bench: &Bench) -> String {
+    let peers = peer_names(bench);
+    let line = |cells: Vec<String>| format!("| {} |\n", cells.join(" | "));
+    let words = |first: &[&str]| first.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+    let head = [words(&["case", "figure", "Hestner"]), peers.clone(), words(&["ratio"])].concat();
+    let mut text = line(head.clone());
+    text.push_str(&line(
+        head.iter().enumerate().map(|(at, _)| if at < 2 { "---" } else { "---:" }.to_owned()).collect(),
+    ));
+    for row in &bench.rows {
+        let shown = |at| row.peers.get(at).map_or_else(|| "-".to_owned(), |(_, f): &(_, Figure)| short(f.median));
+        let own = [row.case.clone(), format!("{}, {}", row.metric, row.unit), short(row.hestner.median)];
+        let cells = [own.to_vec(), (0..peers.len()).map(shown).collect(), vec![shown_ratio(row)]].concat();
+        text.push_str(&line(cells));
+    }
+    let _ = write!(text, "\n{}. Machine: {}.\n", bench.remark, machine_line());
+    text
+}
+
+/// Columns of the peers: their names where there are several, which then stand in one order in all rows.
+fn peer_names(bench: &Bench) -> Vec<String> {
+    let widest = bench.rows.iter().max_by_key(|row| row.peers.len());
+    match widest.map(|row| &row.peers[..]).unwrap_or_default() {
+        [] | [_] => vec!["peer (min..max)".to_owned()],
+        several => several.iter().map(|(name, _)| name.clone()).collect(),
+    }
+}
+
+fn shown_ratio(row: &Row) -> String {
+    row.ratio().map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"))
+}
+
+/// Three digits are as many as a figure is good for.
+pub(crate) fn short(value: f64) -> String {
+    match value {
+        v if v >= 100.0 => format!("{v:.0}"),
+        v if v >= 10.0 => format!("{v:.1}"),
+        v => format!("{v:.2}"),
+    }
+}
+
+fn machine_line() -> String {
+    let machine = machine();
+    let text = |name: &str| machine[name].as_str().unwrap_or_default().to_owned();
+    format!("{} ({} cores), {}, Linux {}", text("cpu"), machine["cores"], text("memory"), text("kernel"))
 }
 
 /// What a figure must be read beside.

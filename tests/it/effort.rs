@@ -97,7 +97,8 @@ fn level_is_seen_in_what_is_stored_and_force_read_in_what_it_is_compared_with() 
     let source = world.at("source");
     files::write(source.join("words.txt"), (0..60_000).map(words).collect::<String>());
     let service = |name: &str| Service::files(name, [&source]).destination(name);
-    let agent = world.agent()
+    let agent = world
+        .agent()
         .destination("fast", &world.at("fast"))
         .destination("small", &world.at("small"))
         .allowed(service("fast").worker_line("compression_level = 1"))

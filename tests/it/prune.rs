@@ -228,14 +228,14 @@ fn prune_that_is_stopped_ends_restic_in_good_order() {
     let faulty = FaultyRestic::new(&stored.world.at("bin"));
     faulty.on(
         "prune",
-        "touch \"$HERE/marks/prune\"; trap 'touch \"$HERE/marks/asked\"; exit 130' INT; while :; do sleep 0.05; done",
+        "touch \"$HERE/begun\"; trap 'touch \"$HERE/asked\"; exit 130' INT; while :; do sleep 0.05; done",
     );
     let program = faulty.program().display().to_string();
     let started = elsewhere.command(&["prune", "--restic", &program], &stored.opening()).start();
-    faulty.wait_reached("prune");
+    wait_until("restic to prune", Duration::from_secs(60), || stored.world.at("bin/begun").exists());
     hestner_tests::processes::send(started.pid(), nix::sys::signal::Signal::SIGTERM);
     let ended = started.ended();
     assert!(ended.code == Some(1) && ended.stderr.contains("code: cancelled"), "{ended}");
-    assert!(stored.world.at("bin/marks/asked").exists(), "it was not asked to end");
+    assert!(stored.world.at("bin/asked").exists(), "it was not asked to end");
     assert_eq!(stored.listed(&elsewhere).len(), 4);
 }

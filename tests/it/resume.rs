@@ -28,10 +28,7 @@ fn restore_that_is_killed_ten_times_goes_on_and_is_right() {
     let source = files::small_tree(&world.at("source"), FILES, 3_000);
     files::write(source.join("z/bulk.bin"), files::random_bytes(BULK_BYTES));
     let before = tree::manifest(&source);
-    let agent = world
-        .agent()
-        .allowed(Service::files("docs", [&source]))
-        .started();
+    let agent = world.agent().allowed(Service::files("docs", [&source])).started();
     let run = agent.snapshot_ok("docs");
     files::write(source.join("later"), "later");
     let other = agent.snapshot_ok("docs");

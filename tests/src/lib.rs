@@ -17,6 +17,7 @@ pub mod docker;
 pub mod elsewhere;
 pub mod files;
 pub mod http;
+pub mod memory;
 pub mod mounts;
 pub mod ports;
 pub mod processes;

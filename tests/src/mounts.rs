@@ -27,6 +27,11 @@ impl Mounted {
         Self::new(path, megabytes, &["mkfs.ext4", "-q", "-m", "0", "-F"])
     }
 
+    /// The same with room for that many files.
+    pub fn ext4_of_many_files(path: &Path, megabytes: u32, files: u64) -> Self {
+        Self::new(path, megabytes, &["mkfs.ext4", "-q", "-m", "0", "-F", "-N", &files.to_string()])
+    }
+
     /// A btrfs; it needs 256 megabytes to be usable.
     pub fn btrfs(path: &Path) -> Self {
         Self::new(path, 256, &["mkfs.btrfs", "-q", "-f"])

@@ -121,10 +121,13 @@ pub fn manifest(root: &Path) -> Manifest {
         paths.push((path, meta));
     }
     paths.sort_by(|a, b| a.0.cmp(&b.0));
+    // A file's names outside of the tree are no matter of the tree's.
+    let mut names: HashMap<(u64, u64), u32> = HashMap::new();
+    paths.iter().for_each(|(_, meta)| *names.entry((meta.dev(), meta.ino())).or_default() += 1);
     for (path, meta) in paths {
         let name = path.strip_prefix(root).expect("below the root").as_os_str().as_bytes().to_vec();
         let mut entry = describe(&path, &meta);
-        if meta.is_file() && meta.nlink() > 1 {
+        if meta.is_file() && names[&(meta.dev(), meta.ino())] > 1 {
             // The first name in the order stands for the group.
             let first = groups.entry((meta.dev(), meta.ino())).or_insert_with(|| name.clone());
             let _ = write!(entry, " same file as {}", String::from_utf8_lossy(first));

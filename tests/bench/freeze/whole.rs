@@ -45,7 +45,7 @@ pub(super) fn run(rounds: u32) -> anyhow::Result<Vec<Row>> {
         }
         eprintln!("whole run, {kind}: done");
         let case = format!("whole run, {kind}");
-        rows.push(Row { case, metric: "between hooks", unit: "ms", hestner: Figure::of(between), peer: None });
+        rows.push(Row { case, metric: "between hooks", unit: "ms", hestner: Figure::of(between), peers: Vec::new() });
     }
     Ok(rows)
 }
