@@ -244,7 +244,9 @@ fn worker_without_memory_ends_its_run_by_name_and_nothing_else() {
         let hook = files::write_script(world.at("hook"), &format!("echo \"$1\" >>{}", notes.display()));
         let hook = hook.to_str().expect("UTF-8");
         let source = world.bulky_source("source", 96 << 20);
-        let service = Service::files("docs", [source]).worker_line("threads = 24").hook(Hook::new("app").pre(&[hook, "pre"]).post(&[hook, "post"]));
+        let service = Service::files("docs", [source])
+            .worker_line("threads = 24")
+            .hook(Hook::new("app").pre(&[hook, "pre"]).post(&[hook, "post"]));
         builder.setting("worker", "memory_max = \"64 MiB\"").allowed(service)
     });
     let Some(mut all) = all else { return };
