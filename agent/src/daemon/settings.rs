@@ -447,7 +447,7 @@ mod tests {
         for part in [
             "`state_dir` must be an absolute path",
             "[worker]: `nice` must be 0 to 19, not 20",
-            "[worker]: `memory_max` must be 0 or at least 16 MiB, not 1 kB",
+            "[worker]: `memory_max` must be 0 or at least 64 MiB, not 1 kB",
             "[storage]: `tries_max`",
             "`floor.compression_level_max` must be 1 to 19",
             "service `t`: worker: `compression_level` must be 1 to 19, not 20",

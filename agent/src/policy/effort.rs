@@ -16,8 +16,8 @@ const NICE_MAX: i32 = 19;
 const IO_LEVEL_MAX: u8 = 7;
 /// zstd's highest level that needs no more memory to read back.
 pub const COMPRESSION_LEVEL_MAX: i32 = 19;
-/// With less no worker comes far enough to say what hinders it.
-const MEMORY_BYTES_MIN: u64 = 16 << 20;
+/// The password alone takes half of it: scrypt with the cost that restic's keys have.
+const MEMORY_BYTES_MIN: u64 = 64 << 20;
 /// More than any machine has.
 const THREADS_MAX: usize = 1024;
 /// The same, in hundredths of a core.
@@ -342,6 +342,14 @@ mod tests {
         for word in ["normal", "low", "idle"] {
             assert_eq!(after(&last, word), (19, IoClass::Idle, 7), "{word}");
         }
+    }
+
+    #[test]
+    fn policy_file_of_an_older_agent_wishes_nothing() {
+        let text = r#"{"policy_id": 1, "service": "docs", "cron": "", "time_zone": "UTC", "retention_days": 1,
+            "retention_count": 1, "destination": "local", "encryption_enabled": true, "misfire": "skip"}"#;
+        let policy: crate::policy::Policy = serde_json::from_str(text).unwrap();
+        assert_eq!(policy.wishes, Wishes::default());
     }
 
     #[test]

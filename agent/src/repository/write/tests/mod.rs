@@ -69,6 +69,28 @@ fn sparse(path: &Path, bytes: u64) {
 }
 
 #[test]
+fn what_is_counted_beside_a_store_is_what_it_stores() {
+    let place = Place::new();
+    every_kind(&place.source());
+    put_file(&place.source().join("cache/CACHEDIR.TAG"), b"Signature: 8a477f597d28d172789f06886806bc55");
+    put_file(&place.source().join("cache/big"), &noise(1 << 20, 9));
+    put_file(&place.source().join("deep/er/left.tmp"), b"left out");
+    let files = Files { exclude: vec!["*.tmp".to_owned()], skip_caches: true, ..place.files() };
+    let totals = Totals::default();
+    count(&files, &totals);
+    let stored = fixtures::store(&place.open(), Source::Files(files.clone()), &Cancel::default()).unwrap();
+    assert_eq!(totals.known(), Some((stored.bytes, stored.files)));
+    // Some of it below another part of it, and told to stop before it begins.
+    let paths = vec![place.source().join("deep"), place.source(), place.source().join("plain")];
+    let (again, stopped) = (Totals::default(), Totals::default());
+    count(&Files { paths, ..files.clone() }, &again);
+    assert_eq!(again.known(), totals.known());
+    stopped.stop();
+    count(&files, &stopped);
+    assert_eq!(stopped.known(), None);
+}
+
+#[test]
 fn restic_restores_every_kind_of_entry_as_it_was() {
     let place = Place::new();
     every_kind(&place.source());
