@@ -119,6 +119,7 @@ pub async fn describe(settings: &Result<Settings, Failure>) -> Description {
     }
     if let Ok(server) = Server::read(&settings.state_dir) {
         description.repositories = repositories(settings, server.server_id);
+        description.recovery_fingerprint = server.recovery_fingerprint();
     }
     description.containers = inventory::containers(&settings.inventory).await;
     description
