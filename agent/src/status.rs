@@ -27,10 +27,13 @@ pub struct Status {
     /// `null` before the first session.
     #[serde(default)]
     pub clock_skew_ms: Option<i64>,
-    /// Fingerprint of the recovery key that the receiver names and this host does not follow; empty where it names the
-    /// one that was typed here.
+    /// Fingerprint of the recovery key that was typed on this host, for which keys are wrapped; empty while unknown.
     #[serde(default)]
-    pub recovery_key_refused: String,
+    pub recovery_fingerprint: String,
+    /// Fingerprint of the one that the receiver named last. It is never followed; where it is another one, `problems`
+    /// says so.
+    #[serde(default)]
+    pub recovery_fingerprint_named: String,
     /// Whether daemon and runner are separate units with separate privileges.
     pub separated: bool,
     /// Which bounds of `[worker]` nobody keeps here, and why; empty when all are kept.
@@ -94,6 +97,9 @@ pub struct Description {
     /// Which bounds of `[worker]` nobody keeps here, and why; empty when all are kept.
     #[serde(default)]
     pub worker_limits_off: String,
+    /// Fingerprint of the recovery key that was typed on this host; empty where it is not enrolled.
+    #[serde(default)]
+    pub recovery_fingerprint: String,
     /// What keeps runs from working, as sentences.
     pub problems: Vec<String>,
 }

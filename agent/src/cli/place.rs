@@ -101,7 +101,7 @@ pub(super) async fn watched<T: Send + 'static, E: Send + 'static>(
     thread.map_err(|e| Complaint::broken("no_thread", &e, "end other programs, or raise the limit"))?;
     let is_terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
     let mut ticks = tokio::time::interval(if is_terminal { LOOK_PAUSE } else { LINE_PAUSE });
-    let mut asked = std::pin::pin!(asked_to_stop());
+    let (mut asked, mut asked_again) = (std::pin::pin!(asked_to_stop()), std::pin::pin!(asked_to_stop()));
     loop {
         tokio::select! {
             ended = &mut result => {
@@ -111,6 +111,11 @@ pub(super) async fn watched<T: Send + 'static, E: Send + 'static>(
             () = &mut asked, if !cancel.load(Ordering::Relaxed) => {
                 cancel.store(true, Ordering::Relaxed);
                 eprintln!("stopping; what is done stays, and the command can be repeated");
+            }
+            // A place that does not answer is tried for minutes.
+            () = &mut asked_again, if cancel.load(Ordering::Relaxed) => {
+                let next = "repeat the command; whoever prunes may have to wait half an hour for a lock that is left";
+                return Err(Complaint { exit: EXIT_FAILED, ..Complaint::mend("cancelled", "it was stopped at once", next) });
             }
             _ = ticks.tick() => tell(),
         }

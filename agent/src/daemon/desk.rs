@@ -156,13 +156,7 @@ impl Desk {
         let link = self.link.borrow().clone();
         (status.connected, status.disconnected_because) = (link.connected, link.because);
         status.clock_skew_ms = link.skew_ms;
-        if let Some(offered) = link.refused_recovery_key {
-            status.problems.push(format!(
-                "recovery_key_refused: the receiver names a recovery key with the fingerprint {offered}, which is not \
-                 the one that was typed on this host; keys go on being wrapped for the typed one"
-            ));
-            status.recovery_key_refused = offered;
-        }
+        status.recovery_fingerprint_named = link.recovery_key_named;
         match self.store.waiting().await {
             Ok(waiting) => status.outbox_reports = waiting,
             Err(error) => status.problems.push(error.to_string()),
@@ -174,6 +168,8 @@ impl Desk {
         status.problems.extend(problem.into_iter().chain(description.problems.iter().cloned()));
         status.problems.dedup();
         status.worker_limits_off.clone_from(&description.worker_limits_off);
+        status.recovery_fingerprint = description.recovery_fingerprint.clone();
+        status.problems.extend(refused_recovery_key(&status));
         if let Err(failure) = read_grants(&settings.grants) {
             status.problems.push(failure.message);
         }
@@ -194,6 +190,17 @@ impl Desk {
         }
         status
     }
+}
+
+/// The receiver takes another key for the company's than the one that was typed here.
+fn refused_recovery_key(status: &Status) -> Option<String> {
+    let (typed, named) = (&status.recovery_fingerprint, &status.recovery_fingerprint_named);
+    (!typed.is_empty() && !named.is_empty() && typed != named).then(|| {
+        format!(
+            "recovery_key_refused: the receiver names a recovery key with the fingerprint {named}, and {typed} was typed \
+             on this host; keys go on being wrapped for the typed one"
+        )
+    })
 }
 
 fn refused(code: &str, message: &str, next_step: &str) -> Answer {

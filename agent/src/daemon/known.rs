@@ -120,6 +120,7 @@ pub async fn describe(settings: &Result<Settings, Failure>, fence: &Fence) -> De
     }
     if let Ok(server) = Server::read(&settings.state_dir) {
         description.repositories = repositories(settings, server.server_id);
+        description.recovery_fingerprint = server.recovery_fingerprint();
     }
     let efforts = settings.services.iter().map(|service| settings.worker.effort_for(&service.worker, None));
     let off = std::iter::once(settings.worker.effort()).chain(efforts).find_map(|effort| fence.off(&effort));

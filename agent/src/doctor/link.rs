@@ -84,13 +84,13 @@ fn recovery_key(subject: &Subject, status: Option<&Status>) -> Option<Check> {
         Err(_) => return None,
     };
     let check = |message: String| Check::ok("recovery_key", "", message);
-    let refused = status.map(|status| status.recovery_key_refused.as_str()).unwrap_or_default();
-    if refused.is_empty() || refused == typed {
+    let named = status.map(|status| status.recovery_fingerprint_named.as_str()).unwrap_or_default();
+    if named.is_empty() || named == typed {
         return Some(check(format!("repositories' keys are wrapped for {typed}, which was typed on this host")));
     }
     let next_step = "ask the company, and not by way of the receiver: if it has changed its key, type the new \
                      fingerprint with `hestner-agent recovery-key set`; if not, somebody else answers at the centre";
-    let message = format!("the receiver names {refused}; keys go on being wrapped for {typed}, which was typed here");
+    let message = format!("the receiver names {named}; keys go on being wrapped for {typed}, which was typed here");
     Some(check(message).but(Level::Problem, "recovery_key_refused", next_step))
 }
 

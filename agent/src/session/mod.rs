@@ -69,9 +69,9 @@ pub struct Link {
     pub because: String,
     /// How far our clock is ahead of the receiver's, in milliseconds, as of the last session.
     pub skew_ms: Option<i64>,
-    /// Fingerprint of the recovery key that the receiver named last, where it is not the one that was typed here. It is
-    /// not followed.
-    pub refused_recovery_key: Option<String>,
+    /// Fingerprint of what the receiver takes for the company's recovery key, as of the last session; empty while it has
+    /// named none. It is never followed.
+    pub recovery_key_named: String,
 }
 
 /// Why a stream ended.

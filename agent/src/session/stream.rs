@@ -20,6 +20,7 @@ use tonic::transport::Channel;
 use super::{Link, Session, SessionError};
 use crate::identity::{Identity, Request};
 use crate::platform::backoff::random_u64;
+use crate::platform::command::printable;
 
 /// Messages that wait for the network; reports wait in the outbox instead.
 const MESSAGES_WAITING: usize = 16;
@@ -89,9 +90,10 @@ impl<'a> Stream<'a> {
         heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let skew_ms = session.clock.now_ms() - welcome.now_ms;
         tracing::info!(event = "session_open", server_id = identity.id.server_id, clock_skew_ms = skew_ms);
-        let refused_recovery_key = refused_recovery_key(session, &welcome.recovery_fingerprint);
+        let recovery_key_named = printable(welcome.recovery_fingerprint.as_bytes());
+        refuse_recovery_key(session, &recovery_key_named);
         let because = String::new();
-        session.link.send_replace(Link { connected: true, because, skew_ms: Some(skew_ms), refused_recovery_key });
+        session.link.send_replace(Link { connected: true, because, skew_ms: Some(skew_ms), recovery_key_named });
         let acknowledged = session.store.acknowledged().await?;
         let mut stream = Self {
             session,
@@ -250,21 +252,18 @@ enum Heard {
     Renewed,
 }
 
-/// What the receiver takes for the company's recovery key, unless it is the one that was typed on this host. Nobody
-/// follows it: what keys are wrapped for stands in a file of root's. A receiver that names none says nothing.
-fn refused_recovery_key(session: &Session, offered: &str) -> Option<String> {
-    let offered = crate::platform::command::printable(offered.as_bytes());
-    let typed = session.keeper.recovery_fingerprint()?;
-    if offered.is_empty() || offered == typed {
-        return None;
-    }
+/// Says so when the receiver takes another key for the company's than the one that was typed on this host. Nobody follows
+/// it: what keys are wrapped for stands in a file of root's.
+fn refuse_recovery_key(session: &Session, named: &str) {
+    let Some(typed) = session.keeper.recovery_fingerprint().filter(|typed| !named.is_empty() && typed != named) else {
+        return;
+    };
     tracing::error!(
         event = "recovery_key_refused",
-        offered,
+        named,
         typed,
         "the receiver names another recovery key than the one typed here"
     );
-    Some(offered)
 }
 
 fn ended_by(goodbye: v1::Goodbye) -> SessionError {

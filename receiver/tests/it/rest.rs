@@ -22,6 +22,7 @@ fn routes() -> Vec<(&'static str, &'static str, Value)> {
         ("GET", "/v1/servers/1/snapshots/u1", Value::Null),
         ("GET", "/v1/servers/1/snapshots/1", Value::Null),
         ("GET", "/v1/servers/1/snapshot-policy", Value::Null),
+        ("GET", "/v1/servers/1/repository-keys", Value::Null),
         ("GET", "/v1/servers/1/costs", Value::Null),
         ("POST", "/v1/servers/1/snapshots", json!({ "service": "docs" })),
         ("PUT", "/v1/servers/1/snapshot-policy", policy()),
