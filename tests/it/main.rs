@@ -24,7 +24,6 @@ mod hooks;
 mod inventory;
 mod journey;
 mod kinds;
-mod many_files;
 mod notify;
 mod real_trees;
 mod separation;
