@@ -25,7 +25,6 @@ mod hooks;
 mod inventory;
 mod journey;
 mod kinds;
-mod many_files;
 mod notify;
 mod prune;
 mod real_trees;

@@ -69,6 +69,30 @@ fn place_that_fails_at_any_read_ends_it_and_the_next_restore_goes_on() {
     }
 }
 
+/// In the thread that walks, or in a worker: nobody waits for the other for ever.
+#[test]
+fn place_that_panics_at_any_read_ends_it_and_the_next_restore_goes_on() {
+    let mut memory = Memory::default();
+    let root = sample(&mut memory);
+    for panic_at in (1..).step_by(3) {
+        let target = tempfile::tempdir().unwrap();
+        (memory.reads, memory.panic_at) = (AtomicU64::new(0), panic_at);
+        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| memory.restore(root, target.path())));
+        assert_nothing_wrong(target.path());
+        match ended {
+            Ok(Ok(_)) => {
+                assert!(memory.reads.load(Ordering::Relaxed) < panic_at, "read {panic_at} panicked in silence");
+                break;
+            }
+            Ok(Err(error)) => panic!("read {panic_at}: {error}"),
+            Err(_) => {}
+        }
+        memory.panic_at = 0;
+        memory.restore(root, target.path()).unwrap();
+        assert_whole(target.path());
+    }
+}
+
 #[test]
 fn cancelled_restore_says_so_and_can_be_continued() {
     let mut memory = Memory::default();

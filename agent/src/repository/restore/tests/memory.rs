@@ -21,6 +21,8 @@ pub(super) struct Memory {
     /// Becomes true after so many reads; 0 is never.
     pub(super) cancel: AtomicBool,
     pub(super) cancel_after: u64,
+    /// Which read panics; 0 is none.
+    pub(super) panic_at: u64,
 }
 
 const SEAL: [u8; 32] = [0; 32];
@@ -106,6 +108,7 @@ impl Blobs for Memory {
         if reads == self.cancel_after {
             self.cancel.store(true, Ordering::Relaxed);
         }
+        assert!(reads != self.panic_at, "read {reads} was asked to panic");
         if self.reads_max > 0 && reads > self.reads_max {
             let reason = "asked to".to_owned();
             return Err(StorageError::Failed { operation: "get", what: object().to_string(), reason }.into());
