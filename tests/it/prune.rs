@@ -226,10 +226,8 @@ fn prune_that_is_stopped_ends_restic_in_good_order() {
     let copy = stored.world.at("elsewhere");
     let elsewhere = Elsewhere::folder(&stored.repository(), &copy);
     let faulty = FaultyRestic::new(&stored.world.at("bin"));
-    faulty.on(
-        "prune",
-        "touch \"$HERE/begun\"; trap 'touch \"$HERE/asked\"; exit 130' INT; while :; do sleep 0.05; done",
-    );
+    faulty
+        .on("prune", "touch \"$HERE/begun\"; trap 'touch \"$HERE/asked\"; exit 130' INT; while :; do sleep 0.05; done");
     let program = faulty.program().display().to_string();
     let started = elsewhere.command(&["prune", "--restic", &program], &stored.opening()).start();
     wait_until("restic to prune", Duration::from_secs(60), || stored.world.at("bin/begun").exists());
