@@ -91,8 +91,10 @@ fn key_file_of_another_repository_with_the_same_password_does_not_hide_ours() {
         let key = Object::new(Kind::Key, name);
         let bytes = place.folder().get(&key, 10_000).unwrap();
         place.folder().remove(&key).unwrap();
-        if place.open_with(b"secret").is_err() {
-            assert!(place.open_with(b"secret").unwrap_err().to_string().contains("config"));
+        if let Err(error) = place.open_with(b"secret") {
+            // Ours may be the last one that was listed, and then nothing opens anything any more.
+            let are_others = !place.folder().list(Kind::Key).unwrap().is_empty();
+            assert!(!are_others || error.to_string().contains("config"), "{error}");
             place.folder().put(&key, &bytes).unwrap();
         }
     }
