@@ -230,6 +230,8 @@ words! {
         ProducerFailed = "producer_failed",
         /// The archiver ended in a way that proves nothing.
         ArchiverFailed = "archiver_failed",
+        /// Retired: older agents had an archiver beside the worker, which was killed.
+        ArchiverKilled = "archiver_killed",
         /// The worker process was killed or ended without a result.
         WorkerKilled = "worker_killed",
         /// The repository's key does not open it.
@@ -270,6 +272,7 @@ impl ErrorClass {
                 | Self::GuardLost
                 | Self::ProducerFailed
                 | Self::ArchiverFailed
+                | Self::ArchiverKilled
                 | Self::WorkerKilled
                 | Self::VerifyFailed
                 | Self::RunTimeout
@@ -322,7 +325,7 @@ impl ErrorClass {
             Self::SourceUnreadable => "make the named entries readable, or exclude them in agent.toml",
             Self::ProducerFailed => "read the program's output in the run's log tail and try it by hand",
             Self::ArchiverFailed => "read the archiver's output in the run's log tail",
-            Self::WorkerKilled => "look for who killed it (out of memory?) and run again",
+            Self::ArchiverKilled | Self::WorkerKilled => "look for who killed it (out of memory?) and run again",
             Self::RepositoryWrongKey => {
                 "bring back the repository's password file, or open the escrowed key with the recovery key"
             }

@@ -32,7 +32,7 @@ impl Stored {
             .allowed(Service::files("docs", [world.source("docs")]))
             .started();
         let mut runs = vec![agent.snapshot_ok("docs")];
-        for number in 0..3 {
+        for number in 0..4 {
             if number > 0 {
                 files::write(source.join("bulk.bin"), files::random_bytes(BULK));
             }
@@ -52,12 +52,12 @@ impl Stored {
         ["--password-file", &self.password]
     }
 
-    /// Two of the bulky ones go, the newest of each service stays; restic and we agree on the rest.
+    /// Two of the bulky ones go, the newest two of each service stay; restic and we agree on the rest.
     fn assert_prunes(&self, elsewhere: &Elsewhere) {
         let keep = ["prune", "--keep-count", "1", "--json"];
         let dry = elsewhere.run(&[&keep[..], &["--dry-run"]].concat(), &self.opening()).json();
-        assert_eq!((ids(&dry["forgotten"]), &dry["kept"]), (self.ids(&[1, 2]), &2.into()), "{dry}");
-        assert_eq!(self.listed(elsewhere).len(), 4, "a dry run changes nothing");
+        assert_eq!((ids(&dry["forgotten"]), &dry["kept"]), (self.ids(&[1, 2]), &3.into()), "{dry}");
+        assert_eq!(self.listed(elsewhere).len(), 5, "a dry run changes nothing");
         let ended = elsewhere.run(&keep, &self.opening());
         assert!(ended.stderr.contains("restic: "), "its progress is shown: {ended}");
         let pruned = ended.json();
@@ -66,11 +66,11 @@ impl Stored {
         assert!(freed > 2 * BULK as u64 - 1_000_000, "{pruned}");
         let (before, after) = (pruned["bytes_before"].as_u64(), pruned["bytes_after"].as_u64());
         assert_eq!(before.and_then(|b| Some(b - after?)), Some(freed), "{pruned}");
-        assert_eq!(self.listed(elsewhere), self.ids(&[0, 3]));
+        assert_eq!(self.listed(elsewhere), self.ids(&[0, 3, 4]));
         elsewhere.run(&["recover", "verify"], &self.opening()).ok();
         let target = self.world.at("target");
         let text = target.to_str().expect("UTF-8");
-        elsewhere.run(&["recover", "restore", self.runs[3].uid(), "--target", text], &self.opening()).ok();
+        elsewhere.run(&["recover", "restore", self.runs[4].uid(), "--target", text], &self.opening()).ok();
         tree::assert_same(&self.source, &tree::restored(&target, &self.source));
         // Nothing is left to do.
         let again = elsewhere.run(&keep, &self.opening()).json();
@@ -110,7 +110,7 @@ fn data_that_nothing_wants_goes_from_a_folder_and_restic_finds_the_rest_whole() 
     assert!(newest.code == Some(64) && newest.stderr.contains("code: newest_snapshot"), "{newest}");
     let [gone] = [stored.runs[1].snapshot_id()];
     elsewhere.run(&["prune", "--restic", &program, "--forget", &gone[..8]], &stored.opening()).ok();
-    assert_eq!(stored.listed(&elsewhere), stored.ids(&[0, 2, 3]));
+    assert_eq!(stored.listed(&elsewhere), stored.ids(&[0, 2, 3, 4]));
     let secret = std::fs::read_to_string(&stored.password).expect("the password");
     let said = faulty.calls().join("\n") + &files::lines(&stored.world.at("bin/environment")).join("\n");
     assert!(said.contains("prune") && said.contains("PATH="), "{said}");
@@ -123,7 +123,7 @@ fn data_that_nothing_wants_goes_from_a_folder_and_restic_finds_the_rest_whole() 
         assert_eq!(stock.locks(), Vec::<String>::new());
     }
     // The host goes on with what is left of it, whoever pruned.
-    assert_eq!(stored.agent.repository("local").snapshots().len(), 4, "its own is another");
+    assert_eq!(stored.agent.repository("local").snapshots().len(), 5, "its own is another");
 }
 
 #[test]
@@ -138,11 +138,11 @@ fn without_restic_nothing_is_forgotten() {
     let faulty = FaultyRestic::new(&stored.world.at("bin"));
     faulty.on("prune", "echo 'Fatal: no luck' >&2; exit 1");
     let program = faulty.program().display().to_string();
-    assert_eq!(stored.listed(&elsewhere).len(), 4);
+    assert_eq!(stored.listed(&elsewhere).len(), 5);
     let ended = elsewhere.run(&["prune", "--restic", &program], &stored.opening());
     assert!(ended.code == Some(1) && ended.stderr.contains("no luck"), "{ended}");
     assert!(ended.stderr.contains("code: prune_failed"), "{ended}");
-    assert_eq!(stored.listed(&elsewhere).len(), 4);
+    assert_eq!(stored.listed(&elsewhere).len(), 5);
     let foreign = files::write(stored.world.at("guess"), "0".repeat(64));
     files::set_mode(&foreign, 0o600);
     let opening = ["--password-file", foreign.to_str().expect("UTF-8")];
@@ -159,11 +159,11 @@ fn bucket_is_pruned_with_credentials_that_the_host_does_not_have_and_not_with_it
     let ended = host.run(&["prune", "--keep-count", "1"], &stored.opening());
     assert_ne!(ended.code, Some(0), "{ended}");
     assert!(ended.stderr.contains("cannot remove snapshots/"), "{ended}");
-    assert_eq!(stored.listed(&host).len(), 4, "what a host may do removes nothing");
+    assert_eq!(stored.listed(&host).len(), 5, "what a host may do removes nothing");
     host.run(&["recover", "verify"], &stored.opening()).ok();
     let other = Elsewhere::opened_bucket(&server, &server.credentials(), &stored.world.at("admin.toml"));
     stored.assert_prunes(&other);
-    assert_eq!(stored.listed(&host), stored.ids(&[0, 3]), "and the host sees the same");
+    assert_eq!(stored.listed(&host), stored.ids(&[0, 3, 4]), "and the host sees the same");
 }
 
 #[test]
@@ -185,15 +185,15 @@ fn destination_of_the_host_is_pruned_and_its_ledger_knows_what_went() {
     let unknown = agent.cli(&["prune", "--destination", "nowhere"]);
     assert!(unknown.code == Some(64) && unknown.stderr.contains("code: unknown_destination"), "{unknown}");
     let pruned = agent.cli(&["prune", "--destination", "local", "--keep-count", "2", "--json"]).json();
-    assert_eq!(ids(&pruned["forgotten"]), stored.ids(&[1]), "{pruned}");
+    assert_eq!(ids(&pruned["forgotten"]), stored.ids(&[1, 2]), "{pruned}");
     assert!(pruned["bytes_freed"].as_u64().expect("a number") > BULK as u64 - 1_000_000, "{pruned}");
     let ended = agent.restore(stored.runs[1].uid(), &stored.world.at("gone"));
     assert!(ended.code == Some(64) && ended.stderr.contains("code: artifact_expired"), "{ended}");
     let target = stored.world.at("target");
-    agent.restore(stored.runs[3].uid(), &target).ok();
+    agent.restore(stored.runs[4].uid(), &target).ok();
     tree::assert_same(&stored.source, &tree::restored(&target, &stored.source));
     let next = agent.snapshot_ok("bulky");
-    agent.assert_repository_holds(&[&stored.runs[0], &stored.runs[2], &stored.runs[3], &next]);
+    agent.assert_repository_holds(&[&stored.runs[0], &stored.runs[3], &stored.runs[4], &next]);
     assert_eq!(agent.repository("local").check().code, Some(0));
 }
 
@@ -235,5 +235,5 @@ fn prune_that_is_stopped_ends_restic_in_good_order() {
     let ended = started.ended();
     assert!(ended.code == Some(1) && ended.stderr.contains("code: cancelled"), "{ended}");
     assert!(stored.world.at("bin/asked").exists(), "it was not asked to end");
-    assert_eq!(stored.listed(&elsewhere).len(), 4);
+    assert_eq!(stored.listed(&elsewhere).len(), 5);
 }

@@ -14,6 +14,7 @@ use crate::daemon::settings::Settings;
 use crate::platform::chain;
 use crate::platform::files;
 use crate::report::RunRecord;
+use crate::repository::verify::Extent;
 use crate::repository::{Progress, Repository, RepositoryError};
 use crate::run::ledger::{Ledger, is_run_id};
 
@@ -99,21 +100,34 @@ pub(super) async fn restore(settings: &Settings, run_uid: &str, target: &Path, a
     Ok(())
 }
 
-pub(super) async fn verify(settings: &Settings, run_uid: &str, as_json: bool) -> Result<(), Complaint> {
+pub(super) async fn verify(settings: &Settings, run_uid: &str, extent: Extent, as_json: bool) -> Result<(), Complaint> {
     let artifact = find(settings, run_uid)?;
-    eprintln!("reading the whole repository back; this takes as long as reading it does");
     let mut following = Following::new();
-    let verified =
-        artifact.repository.verify(&artifact.snapshot_id, |progress| following.tell("reading back", progress)).await;
+    let on_progress = |progress| following.tell("reading back", progress);
+    let verified = artifact.repository.verify(&artifact.snapshot_id, extent, on_progress).await;
     following.end();
-    verified.map_err(|error| match error.class() {
+    let verified = verified.map_err(|error| match error.class() {
         ErrorClass::ArchiverFailed => Complaint::of_class(ErrorClass::VerifyFailed, chain(&error)),
         _ => complaint(&error),
     })?;
     if as_json {
-        output::json(&json!({"run_uid": run_uid, "snapshot_id": artifact.snapshot_id, "verified": true}));
-    } else {
+        output::json(&json!({
+            "run_uid": run_uid,
+            "snapshot_id": artifact.snapshot_id,
+            "packs": verified.packs,
+            "packs_read": verified.packs_read,
+            "bytes_read": verified.bytes_read,
+            "verified": true,
+        }));
+    } else if verified.packs_read == verified.packs {
         output::line(&format!("run {run_uid} is whole: every stored byte was read back"));
+    } else {
+        output::line(&format!(
+            "run {run_uid} is whole as far as it was read: the structure, and {} of {} packs, {}",
+            verified.packs_read,
+            verified.packs,
+            output::bytes(verified.bytes_read)
+        ));
     }
     Ok(())
 }

@@ -8,6 +8,7 @@ mod artifacts;
 mod confirm;
 mod doctor;
 mod enroll;
+mod extent;
 mod grants;
 mod keys;
 mod log;
@@ -163,11 +164,16 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Read a run's artifact and the whole repository back. Works without the daemon.
-    #[command(after_help = "Example:\n  hestner-agent verify 0198c0de-0000-7000-8000-000000000000")]
+    /// Read the repository of a run's artifact back: its structure, and all of its data unless less is asked for. Works
+    /// without the daemon.
+    #[command(
+        after_help = "Example:\n  hestner-agent verify 0198c0de-0000-7000-8000-000000000000 --sample '2 GiB'\n\nExit code 0: everything that was read is right."
+    )]
     Verify {
         /// The run.
         run: String,
+        #[command(flatten)]
+        how_much: extent::HowMuch,
         /// Print JSON.
         #[arg(long)]
         json: bool,
@@ -380,7 +386,9 @@ fn run(Arguments { config, command }: Arguments) -> Result<(), Complaint> {
         Command::RecoveryKey(command) => recovery_key::run(&settings, &command),
         Command::Keys { require_escrow, json } => keys::list(&settings, require_escrow, json),
         Command::Restore { run, target, json } => block_on(artifacts::restore(&settings, &run, &target, json)),
-        Command::Verify { run, json } => block_on(artifacts::verify(&settings, &run, json)),
+        Command::Verify { run, how_much, json } => {
+            block_on(artifacts::verify(&settings, &run, how_much.extent(), json))
+        }
         // Handled above.
         Command::Thaw { .. }
         | Command::Doctor { .. }

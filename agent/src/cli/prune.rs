@@ -15,8 +15,10 @@ use super::place::{KeyArguments, PlaceArguments, asked_to_stop, no_key, no_place
 use super::recover::{as_json, table};
 use super::{Complaint, EXIT_FAILED, EXIT_MEND, output};
 use crate::daemon::settings::Settings;
-use crate::platform::{chain, trust};
-use crate::repository::prune::{self, Forget, How, PruneError};
+use crate::platform::chain;
+use crate::platform::clock::{Clock as _, SystemClock};
+use crate::platform::trust::{self, Distrust};
+use crate::repository::prune::{self, Forget, How, Known, PruneError};
 use crate::repository::recovery::{Key, Place, Recovered};
 use crate::repository::retention::Rules;
 use crate::repository::snapshots::Listed;
@@ -44,7 +46,8 @@ pub(super) struct Arguments {
     /// what neither keeps.
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
     keep_days: Option<u32>,
-    /// Forget all but the newest so many of each service.
+    /// Forget all but the newest so many of each service. Elsewhere than on the host the newest two always stay: nobody
+    /// knows there whether the run of the newest ended well.
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
     keep_count: Option<u32>,
     /// Only show what would be forgotten.
@@ -106,9 +109,8 @@ impl Arguments {
         let mode = if self.open { Mode::Open } else { Mode::Encrypted };
         let (repository, storage) = (&settings.repository, &settings.storage);
         let location = Location::new(destination, mode, host.server_id, &settings.state_dir, repository, storage);
-        let repository = format!("server-{}-{}", host.server_id, mode.as_str());
         Ok(Task {
-            place: Place { destination: destination.clone(), repository },
+            place: Place { destination: destination.clone(), repository: location.name() },
             key: Key::password(&location.password_file())?,
             how: How {
                 restic: self.restic.clone().unwrap_or_else(|| settings.repository.restic.clone()),
@@ -128,16 +130,28 @@ pub(super) async fn run(
     let lock_wait = Duration::from_secs(arguments.lock_wait);
     if !arguments.dry_run {
         // Before anything is forgotten.
+        match trust::check(&how.restic) {
+            Err(Distrust::File(error)) if error.is_missing() => Err(PruneError::NoRestic(how.restic.clone()).into()),
+            Err(error) => {
+                let next = "give restic to root, or name another";
+                Err(Complaint::mend("unsafe_permissions", chain(&error), next))
+            }
+            Ok(()) => Ok(()),
+        }?;
         prune::check_restic(&how.restic).await?;
-        trust::check(&how.restic)
-            .map_err(|e| Complaint::mend("unsafe_permissions", chain(&e), "give restic to root, or name another"))?;
     }
-    let (at, wanted) = (place.clone(), forget.clone());
+    let (at, wanted, runs) = (place.clone(), forget.clone(), ledger.clone());
     let looked = watched(
         move |_| {
             let repository = Recovered::open(&at, &key, lock_wait)?;
             let snapshots = repository.list()?;
-            let chosen = prune::choose(&snapshots, &wanted)?;
+            let is_good = |listed: &Listed| {
+                runs.as_ref()
+                    .is_none_or(|ledger| is_run_id(listed.run_uid()) && ledger.run(listed.run_uid()).offers_artifact())
+            };
+            let newest_kept = if runs.is_some() { 1 } else { 2 };
+            let known = Known { is_good: &is_good, newest_kept, now: SystemClock.now() };
+            let chosen = prune::choose(&snapshots, &wanted, &known)?;
             let bytes = prune::stored_bytes(&repository)?;
             Ok::<_, PruneError>((Arc::new(repository), snapshots.len() - chosen.len(), chosen, bytes))
         },

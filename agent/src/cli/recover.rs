@@ -12,6 +12,7 @@ use std::time::Duration;
 use clap::Subcommand;
 use serde_json::json;
 
+use super::extent::HowMuch;
 use super::place::{KeyArguments, PlaceArguments, no_key, no_place, watched};
 use super::progress::Following;
 use super::{Complaint, output, target};
@@ -61,9 +62,8 @@ pub(super) enum Recover {
     Verify {
         #[command(flatten)]
         opening: Opening,
-        /// Read only so much of the data, chosen at random; 0 looks at the structure alone.
-        #[arg(long, value_name = "NUMBER", default_value_t = 100, value_parser = clap::value_parser!(u8).range(0..=100))]
-        percent: u8,
+        #[command(flatten)]
+        how_much: HowMuch,
         /// Print JSON.
         #[arg(long)]
         json: bool,
@@ -91,7 +91,7 @@ pub(super) async fn run(command: &Recover) -> Result<(), Complaint> {
         Recover::Restore { snapshot, opening, target, json } => {
             restore(snapshot.clone(), opening, target.clone(), *json).await
         }
-        Recover::Verify { opening, percent, json } => verify(opening, *percent, *json).await,
+        Recover::Verify { opening, how_much, json } => verify(opening, how_much.extent(), *json).await,
     }
 }
 
@@ -173,7 +173,6 @@ impl Watch {
 
 async fn restore(text: String, opening: &Opening, target: PathBuf, as_json_text: bool) -> Result<(), Complaint> {
     let (place, key) = opening.read()?;
-    target::check_target(&target)?;
     let watch = Watch::new();
     let (at_work, folder) = (Arc::clone(&watch), target.clone());
     let mut line = Following::new();
@@ -181,9 +180,11 @@ async fn restore(text: String, opening: &Opening, target: PathBuf, as_json_text:
         move |cancel| {
             let repository = Recovered::open(&place, &key, LOCK_WAIT)?;
             let snapshot = repository.find(&text)?;
+            let ours = target::begin(&folder, &snapshot.id.to_hex())?;
             at_work.enter("restoring");
             let warnings = repository.restore(&snapshot, &folder, &at_work.counters, cancel)?;
-            Ok::<_, RecoveryError>((snapshot, warnings))
+            ours.finish().map_err(|e| Complaint::broken("target_unfinished", &e, "remove the mark by hand"))?;
+            Ok::<_, Complaint>((snapshot, warnings))
         },
         || watch.shown(&mut line),
     )
@@ -208,13 +209,8 @@ async fn restore(text: String, opening: &Opening, target: PathBuf, as_json_text:
     Ok(())
 }
 
-async fn verify(opening: &Opening, percent: u8, as_json_text: bool) -> Result<(), Complaint> {
+async fn verify(opening: &Opening, extent: Extent, as_json_text: bool) -> Result<(), Complaint> {
     let (place, key) = opening.read()?;
-    let extent = match percent {
-        0 => Extent::Structure,
-        100 => Extent::All,
-        _ => Extent::Percent { percent: f64::from(percent), seed: crate::platform::backoff::random_u64().unwrap_or(0) },
-    };
     let watch = Watch::new();
     let at_work = Arc::clone(&watch);
     let mut line = Following::new();

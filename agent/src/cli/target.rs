@@ -5,6 +5,7 @@
 //! same snapshot goes on with it; any other folder with something in it is refused. The mark is locked while somebody
 //! works, so that two never write at once.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use super::Complaint;
@@ -34,7 +35,11 @@ pub(super) fn begin(target: &Path, snapshot_id: &str) -> Result<Target, Complain
     let mark = target.join(&name);
     let marks = marks(target);
     let goes_on = marks.contains(&name);
-    if !goes_on {
+    if goes_on {
+        // Whoever else could write there may have prepared what would then be called restored.
+        refuse_strangers(target)?;
+        refuse_strangers(&mark)?;
+    } else {
         if let Some(other) = marks.first() {
             let id = other.trim_start_matches(MARK_PREFIX);
             let reason = format!("{} holds an unfinished restore of another snapshot, {id}", target.display());
@@ -50,6 +55,16 @@ pub(super) fn begin(target: &Path, snapshot_id: &str) -> Result<Target, Complain
             Err(Complaint::mend("bad_target", reason, "wait until it has ended"))
         }
         Err(error) => Err(bad(chain(&error))),
+    }
+}
+
+/// Goes on only in what is this user's own, and nobody else's to write.
+fn refuse_strangers(path: &Path) -> Result<(), Complaint> {
+    let metadata = path.symlink_metadata().map_err(|e| bad(format!("cannot look at {}: {e}", path.display())))?;
+    let is_ours = metadata.uid() == nix::unistd::geteuid().as_raw() && metadata.mode() & 0o022 == 0;
+    match is_ours {
+        true => Ok(()),
+        false => Err(bad(format!("{} belongs to somebody else, or others can write it", path.display()))),
     }
 }
 

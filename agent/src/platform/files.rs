@@ -179,7 +179,9 @@ pub type Lock = Flock<File>;
 /// # Errors
 /// When the file cannot be opened or the filesystem has no locks.
 pub fn try_lock(path: &Path) -> Result<Option<Lock>, FileError> {
-    let opened = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path);
+    let no_link = nix::fcntl::OFlag::O_NOFOLLOW.bits();
+    let opened =
+        OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).custom_flags(no_link).open(path);
     // A disk that has become read-only must not keep anybody from being alone.
     let read_only = |error: &io::Error| error.kind() == io::ErrorKind::ReadOnlyFilesystem;
     let opened = opened.or_else(|error| if read_only(&error) { File::open(path) } else { Err(error) });

@@ -17,7 +17,9 @@ use crate::storage::{Kind, Object};
 
 use super::open::{Archive, ArchiveError, Who, timestamp};
 
-/// restic takes a lock for stale after 30 minutes.
+/// restic takes a lock for stale after 30 minutes, and refreshes its own every 5.
+const BELIEVED_SECONDS: i64 = 30 * 60;
+/// How often ours is refreshed.
 const REFRESH_EVERY: Duration = Duration::from_secs(300);
 /// How often our lock's removal is tried: one that stays hinders whoever wants to prune.
 const REMOVALS: usize = 3;
@@ -51,7 +53,7 @@ impl HeldLock {
     /// # Errors
     /// [`ArchiveError::Locked`] when somebody else's does not go with it; otherwise when the place fails.
     pub fn take(archive: &Archive, sharing: Sharing, who: &Who, clock: &SharedClock) -> Result<Self, ArchiveError> {
-        refuse_conflicts(archive, sharing, who, None)?;
+        refuse_conflicts(archive, sharing, who, clock, None)?;
         let (object, _) = write(archive, sharing, who, clock)?;
         let mut held = Self {
             archive: archive.clone(),
@@ -61,7 +63,7 @@ impl HeldLock {
             refresher: None,
         };
         // From here on it is removed again if anything fails.
-        refuse_conflicts(archive, sharing, who, Some(&object.name))?;
+        refuse_conflicts(archive, sharing, who, clock, Some(&object.name))?;
         held.keep(sharing, who.clone(), clock.clone())?;
         Ok(held)
     }
@@ -147,7 +149,14 @@ fn write(archive: &Archive, sharing: Sharing, who: &Who, clock: &SharedClock) ->
     archive.write_file_or_withdraw(Kind::Lock, &lock.to_bytes()?)
 }
 
-fn refuse_conflicts(archive: &Archive, sharing: Sharing, who: &Who, own: Option<&str>) -> Result<(), ArchiveError> {
+fn refuse_conflicts(
+    archive: &Archive,
+    sharing: Sharing,
+    who: &Who,
+    clock: &SharedClock,
+    own: Option<&str>,
+) -> Result<(), ArchiveError> {
+    let now = timestamp(clock.as_ref()).seconds;
     for (name, _) in archive.storage().list(Kind::Lock)? {
         if own == Some(&name) {
             continue;
@@ -158,7 +167,7 @@ fn refuse_conflicts(archive: &Archive, sharing: Sharing, who: &Who, own: Option<
             Err(ArchiveError::Storage(crate::storage::StorageError::Missing(_))) => continue,
             Err(error) => return Err(error),
         };
-        if is_stale(&lock, &who.hostname) {
+        if is_stale(&lock, &who.hostname, now) {
             archive.storage().remove(&Object::new(Kind::Lock, name))?;
             tracing::warn!(event = "stale_lock_removed", pid = lock.pid);
         } else if lock.exclusive || sharing == Sharing::Exclusive {
@@ -174,9 +183,12 @@ fn is_there(archive: &Archive, object: &Mutex<Object>) -> bool {
     archive.storage().list(Kind::Lock).map_or(true, |locks| locks.iter().any(|(other, _)| *other == name))
 }
 
-/// Whether its process was one of this host and is none any more.
-fn is_stale(lock: &Lock, host: &str) -> bool {
-    lock.hostname == host && !is_held_by(lock.pid, lock.time.seconds)
+/// Whether its process was one of this host and is none any more. Another machine can have the same name, and what is
+/// removed under an exclusive lock is removed from under us as well: such a lock is judged only when its holder has not
+/// refreshed it for as long as restic itself believes one.
+fn is_stale(lock: &Lock, host: &str, now: i64) -> bool {
+    let is_silent = now.saturating_sub(lock.time.seconds) > BELIEVED_SECONDS;
+    lock.hostname == host && (!lock.exclusive || is_silent) && !is_held_by(lock.pid, lock.time.seconds)
 }
 
 /// Whether the process that made a lock at that time lives. A program of another name may be a restic that somebody has

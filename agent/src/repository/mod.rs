@@ -28,6 +28,7 @@ mod errors;
 pub mod failpoints;
 pub mod index;
 pub mod keys;
+mod location;
 pub mod lock;
 pub mod open;
 mod own;
@@ -51,15 +52,19 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use hestner_proto::words::Phase;
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 use toml_example::TomlExample;
 
+use self::verify::{Extent, Verified};
 use crate::escrow::RepositoryKey;
 use crate::platform::{chain, files};
-use crate::policy::{DestinationSettings, How};
-use crate::storage::Limits;
+use crate::policy::How;
 
 pub use errors::{EntryErrors, RepositoryError};
+pub use location::{Location, Mode};
 
+/// Pause between two looks whether another run of this host is done with the keys.
+const KEYS_PAUSE: Duration = Duration::from_millis(100);
 /// How many unreadable entries are named.
 pub const UNREADABLE_NAMES_MAX: usize = 20;
 
@@ -74,6 +79,10 @@ pub struct Settings {
     /// Where restic keeps copies of indexes while it removes data; `cache` in the state folder if it is empty.
     #[toml_example(default = "")]
     pub cache_dir: PathBuf,
+    /// Once chose between two archivers; not read any more.
+    #[serde(rename = "archiver")]
+    #[toml_example(skip)]
+    pub retired_archiver: Option<String>,
     /// How long to wait for another user of the repository before a run fails.
     #[serde(with = "humantime_serde")]
     #[toml_example(default = "10m")]
@@ -82,99 +91,12 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { restic: "/usr/bin/restic".into(), cache_dir: PathBuf::new(), lock_wait: Duration::from_secs(600) }
-    }
-}
-
-/// Who holds the repository's key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Mode {
-    /// The host, and the company by its recovery key.
-    Encrypted,
-    /// The centre as well.
-    Open,
-}
-
-impl Mode {
-    /// As it is written in names.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Encrypted => "encrypted",
-            Self::Open => "open",
-        }
-    }
-}
-
-/// All that is needed to find and open a repository; it travels to the worker and into the run's ledger.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Location {
-    /// The destination.
-    pub destination: DestinationSettings,
-    /// Who holds the key.
-    pub mode: Mode,
-    /// The server whose repository it is.
-    pub server_id: i64,
-    /// The folder of password files.
-    pub keys: PathBuf,
-    /// What a destination behind a network may cost.
-    pub limits: Limits,
-    /// The restic program.
-    pub restic: PathBuf,
-    /// restic's cache.
-    pub cache: PathBuf,
-    /// How long to wait for another user's lock, in seconds.
-    pub lock_wait_seconds: u64,
-}
-
-impl Location {
-    /// The repository of a server at one destination.
-    pub fn new(
-        destination: &DestinationSettings,
-        mode: Mode,
-        server_id: i64,
-        state_dir: &Path,
-        settings: &Settings,
-        limits: &Limits,
-    ) -> Self {
-        let cache = match settings.cache_dir.as_os_str().is_empty() {
-            true => state_dir.join("cache"),
-            false => settings.cache_dir.clone(),
-        };
         Self {
-            destination: destination.clone(),
-            mode,
-            server_id,
-            keys: state_dir.join("keys"),
-            limits: limits.clone(),
-            restic: settings.restic.clone(),
-            cache,
-            lock_wait_seconds: settings.lock_wait.as_secs(),
+            restic: "/usr/bin/restic".into(),
+            cache_dir: PathBuf::new(),
+            retired_archiver: None,
+            lock_wait: Duration::from_secs(600),
         }
-    }
-
-    /// The repository's name below its destination.
-    pub fn name(&self) -> String {
-        format!("server-{}-{}", self.server_id, self.mode.as_str())
-    }
-
-    /// Where it is, for people; without secrets.
-    pub fn place(&self) -> String {
-        place::shown(&self.destination, &self.name())
-    }
-
-    /// The file with its password.
-    pub fn password_file(&self) -> PathBuf {
-        self.keys.join(format!("{}-{}.password", self.destination.name, self.mode.as_str()))
-    }
-
-    /// Whether this host has made or opened it before.
-    pub fn is_known(&self) -> bool {
-        self.id_file().exists()
-    }
-
-    fn id_file(&self) -> PathBuf {
-        self.keys.join(format!("{}-{}.id", self.destination.name, self.mode.as_str()))
     }
 }
 
@@ -294,6 +216,7 @@ impl Repository {
         if let Some(folder) = location.destination.folder().filter(|folder| !folder.is_dir()) {
             return Err(RepositoryError::NoFolder(folder.to_owned()));
         }
+        let _alone = self.alone_with_keys().await?;
         let known = files::read(&location.id_file(), 1024).ok();
         let exists = own::exists(location).await?;
         let id = match (exists, known) {
@@ -311,6 +234,20 @@ impl Repository {
         own::lay_beside(location, &key).await?;
         files::write(&location.id_file(), key.repository_id.as_bytes(), 0o600)?;
         Ok(key)
+    }
+
+    /// Two first runs at once would make two passwords, or two keys of which restic may try the wrong one.
+    async fn alone_with_keys(&self) -> Result<files::Lock, RepositoryError> {
+        files::private_folder(&self.location.keys)?;
+        let path = self.location.id_file().with_extension("lock");
+        let give_up = Instant::now() + Duration::from_secs(self.location.lock_wait_seconds);
+        loop {
+            match files::try_lock(&path)? {
+                Some(lock) => return Ok(lock),
+                None if Instant::now() < give_up => tokio::time::sleep(KEYS_PAUSE).await,
+                None => return Err(RepositoryError::Locked("another run that opens it for the first time".to_owned())),
+            }
+        }
     }
 
     /// Stores a job, and returns only what is whole: every byte read, every object durable at its place and read back
@@ -365,12 +302,15 @@ impl Repository {
         Ok(pruned.err().map(|error| format!("the data of removed artifacts stays: {}", chain(&error))))
     }
 
-    /// Bytes that all objects of the repository have.
+    /// Bytes that all objects of the repository have; 0 where there is none.
     ///
     /// # Errors
     /// When they cannot be listed.
     pub async fn size_bytes(&self) -> Result<u64, RepositoryError> {
-        own::size_bytes(&self.location).await
+        match own::size_bytes(&self.location).await {
+            Err(error) if error.is_no_repository() => Ok(0),
+            other => other,
+        }
     }
 
     /// Writes a snapshot's tree below `target`. Returns what this user or filesystem could not set, as sentences.
@@ -386,11 +326,17 @@ impl Repository {
         own::restore(&self.location, snapshot_id, target, on_progress).await
     }
 
-    /// Reads a snapshot's whole tree and checks the repository's structure and all its data.
+    /// Looks whether a snapshot is there, checks the structure of the whole repository, and reads so much of its data
+    /// back.
     ///
     /// # Errors
     /// When anything is damaged.
-    pub async fn verify(&self, snapshot_id: &str, on_progress: impl FnMut(Progress)) -> Result<(), RepositoryError> {
-        own::verify(&self.location, snapshot_id, on_progress).await
+    pub async fn verify(
+        &self,
+        snapshot_id: &str,
+        extent: Extent,
+        on_progress: impl FnMut(Progress),
+    ) -> Result<Verified, RepositoryError> {
+        own::verify(&self.location, snapshot_id, extent, on_progress).await
     }
 }

@@ -22,7 +22,7 @@ use super::lock::{HeldLock, Sharing};
 use super::open::{Archive, ArchiveError, Who};
 use super::progress::Watch;
 use super::restore;
-use super::verify::{self, Extent};
+use super::verify::{self, Extent, Verified};
 use super::write::{Cancel, Counters, Files, Options, Parent, Patterns, Source};
 use super::{Input, Job, Location, Progress, RepositoryError, Snapshot, Stored, keys, place, reading, snapshots};
 use crate::escrow::RepositoryKey;
@@ -64,7 +64,15 @@ impl Place {
     }
 
     fn open(&self) -> Result<Archive, RepositoryError> {
-        Archive::open(self.storage()?, &self.password()?).map_err(|error| self.named(error))
+        let archive = Archive::open(self.storage()?, &self.password()?).map_err(|error| self.named(error))?;
+        let known = files::read(&self.0.id_file(), PASSWORD_BYTES_MAX).ok();
+        match known {
+            Some(id) if id != archive.config().id.as_bytes() => {
+                let place = self.0.place();
+                Err(RepositoryError::Surprise(format!("the repository at {place} is another one than before")))
+            }
+            _ => Ok(archive),
+        }
     }
 
     /// With the moments at which tests break it.
@@ -164,12 +172,20 @@ pub(super) async fn size_bytes(location: &Location) -> Result<u64, RepositoryErr
 /// somebody prunes.
 pub(super) async fn forget_run(location: &Location, run_uid: &str) -> Result<(), RepositoryError> {
     let (place, run_uid, give_up) = (Place::of(location), run_uid.to_owned(), give_up(location));
+    let put_only = location.destination.put_only;
     on_a_thread(move || {
         let archive = place.open()?;
         let _lock = locked(&archive, give_up)?;
         let listed = snapshots::with_tag(&archive, &snapshots::run_tag(&run_uid))?;
         let ids: Vec<Id> = listed.into_iter().map(|listed| listed.id).collect();
-        Ok(snapshots::forget(&archive, &ids)?)
+        match snapshots::forget(&archive, &ids) {
+            // It will not be allowed the next time either. What stays is whole, and never offered.
+            Err(error) if put_only => {
+                tracing::warn!(event = "snapshot_of_failed_run_stays", run_id = run_uid, %error);
+                Ok(())
+            }
+            forgotten => Ok(forgotten?),
+        }
     })
     .await
 }
@@ -372,12 +388,13 @@ async fn watched<T>(work: impl Future<Output = T>, look: impl Fn() -> Progress, 
     }
 }
 
-/// Looks whether the snapshot is there, and reads every byte of the repository back.
+/// Looks whether the snapshot is there, and reads so much of the repository back.
 pub(super) async fn verify(
     location: &Location,
     id: &str,
+    extent: Extent,
     on_progress: impl FnMut(Progress),
-) -> Result<(), RepositoryError> {
+) -> Result<Verified, RepositoryError> {
     outlive_unlock();
     let (place, id, give_up) = (Place::of(location), id.to_owned(), give_up(location));
     let counters = Arc::new(verify::Counters::default());
@@ -386,7 +403,7 @@ pub(super) async fn verify(
         let archive = place.open()?;
         let _lock = locked_to_read(&archive, give_up)?;
         snapshots::get(&archive, &parsed(&id)?)?;
-        reading::verify(&archive, Extent::All, &counters, &AtomicBool::default()).map(drop)
+        reading::verify(&archive, extent, &counters, &AtomicBool::default())
     });
     let progress = || Progress {
         bytes_done: counted.bytes_done.load(Ordering::Relaxed),

@@ -16,6 +16,7 @@ use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -54,7 +55,7 @@ pub enum PruneError {
     #[error(transparent)]
     Recovery(#[from] RecoveryError),
     /// The newest of a service stays.
-    #[error("snapshot {id} is the newest of service `{service}`, which never goes")]
+    #[error("snapshot {id} is among the newest of service `{service}`, which never go")]
     Newest {
         /// Its id.
         id: String,
@@ -153,18 +154,33 @@ pub struct Forget {
     pub rules: Option<Rules>,
 }
 
+/// What is known of snapshots beside what they say.
+pub struct Known<'k> {
+    /// Whether a snapshot is of a run that ended as success. One that is not counts for nothing, and no rule touches it:
+    /// its run may still go on.
+    pub is_good: &'k dyn Fn(&Listed) -> bool,
+    /// How many of the newest of a service always stay, at least 1: where nobody knows how runs ended, the newest may be
+    /// of one that failed after its snapshot.
+    pub newest_kept: usize,
+    /// The time now: whoever can store can say any time of a snapshot.
+    pub now: DateTime<Utc>,
+}
+
 /// Chooses what goes, the oldest first. Snapshots without a service are not Hestner's: no rule touches them. Ages count
-/// from the newest snapshot of the service, so that a clock that jumps ends nothing.
+/// from the newest snapshot of the service, or from now if that is earlier.
 ///
 /// # Errors
-/// When a named one is not there, or is the newest of its service.
-pub fn choose(all: &[Listed], forget: &Forget) -> Result<Vec<Listed>, PruneError> {
+/// When a named one is not there, or is among the newest of its service.
+pub fn choose(all: &[Listed], forget: &Forget, known: &Known<'_>) -> Result<Vec<Listed>, PruneError> {
     let mut services: BTreeMap<&str, Vec<&Listed>> = BTreeMap::new();
-    for listed in all.iter().filter(|listed| !listed.service().is_empty()) {
+    for listed in all.iter().filter(|listed| !listed.service().is_empty() && (known.is_good)(listed)) {
         services.entry(listed.service()).or_default().push(listed);
     }
+    for of_one in services.values_mut() {
+        of_one.sort_by_key(|l| std::cmp::Reverse((l.time(), l.id)));
+    }
     let newest: BTreeSet<Id> =
-        services.values().filter_map(|of_one| of_one.iter().max_by_key(|l| (l.time(), l.id))).map(|l| l.id).collect();
+        services.values().flat_map(|of_one| of_one.iter().take(known.newest_kept.max(1))).map(|l| l.id).collect();
     let mut gone: BTreeSet<Id> = BTreeSet::new();
     for text in &forget.named {
         let listed = super::recovery::pick(all.to_vec(), text)?;
@@ -173,14 +189,15 @@ pub fn choose(all: &[Listed], forget: &Forget) -> Result<Vec<Listed>, PruneError
         }
         gone.insert(listed.id);
     }
-    for of_one in services.values().filter(|_| forget.rules.is_some()) {
-        let candidates: Vec<Candidate> = of_one.iter().map(|listed| candidate(listed)).collect();
-        let Some(now) = candidates.iter().map(|c| c.time).max() else { continue };
-        let rules = forget.rules.unwrap_or(Rules { days: 0, count: 0 });
-        let expired = retention::expired(candidates, rules, now);
-        gone.extend(expired.iter().filter_map(|c| c.snapshot_id.parse::<Id>().ok()));
+    if let Some(rules) = forget.rules {
+        for of_one in services.values() {
+            let candidates: Vec<Candidate> = of_one.iter().map(|listed| candidate(listed)).collect();
+            let Some(now) = candidates.iter().map(|c| c.time.min(known.now)).max() else { continue };
+            let expired = retention::expired(candidates, rules, now);
+            gone.extend(expired.iter().filter_map(|c| c.snapshot_id.parse::<Id>().ok()));
+        }
     }
-    // Two of one time: whichever the rules would take, the one that counts as the newest stays.
+    // Two of one time: whichever the rules would take, those that count as the newest stay.
     Ok(all.iter().filter(|listed| gone.contains(&listed.id) && !newest.contains(&listed.id)).cloned().collect())
 }
 
@@ -442,10 +459,36 @@ mod tests {
         Listed { id: Id::of(&[number]), snapshot }
     }
 
+    fn known() -> Known<'static> {
+        Known { is_good: &|_| true, newest_kept: 1, now: DateTime::<Utc>::MAX_UTC }
+    }
+
+    #[test]
+    fn snapshots_of_runs_that_did_not_end_well_count_for_nothing_and_are_left_alone() {
+        let all = [listed(1, "docs", 1), listed(2, "docs", 2), listed(3, "docs", 3)];
+        let forget = Forget { named: Vec::new(), rules: Some(Rules { days: 0, count: 1 }) };
+        let ids = |known: &Known<'_>| -> Vec<Id> {
+            choose(&all, &forget, known).unwrap().into_iter().map(|l| l.id).collect()
+        };
+        let newest = Id::of(&[3]);
+        let is_good = move |l: &Listed| l.id != newest;
+        assert_eq!(ids(&Known { is_good: &is_good, ..known() }), [Id::of(&[1])]);
+        assert_eq!(ids(&Known { newest_kept: 2, ..known() }), [Id::of(&[1])], "nobody knows how the newest ended");
+    }
+
+    #[test]
+    fn snapshot_that_claims_to_be_of_the_future_ends_nothing_younger_than_the_rule() {
+        let all = [listed(1, "docs", 1), listed(2, "docs", 99), listed(3, "docs", 36_500)];
+        let forget = Forget { named: Vec::new(), rules: Some(Rules { days: 30, count: 0 }) };
+        let now = DateTime::from_timestamp(100 * DAY, 0).unwrap();
+        let gone = choose(&all, &forget, &Known { now, ..known() }).unwrap();
+        assert_eq!(gone.iter().map(|l| l.id).collect::<Vec<_>>(), [Id::of(&[1])]);
+    }
+
     fn chosen(all: &[Listed], named: &[&str], days: u32, count: u32) -> Vec<Id> {
         let rules = (days + count > 0).then_some(Rules { days, count });
         let forget = Forget { named: named.iter().map(ToString::to_string).collect(), rules };
-        choose(all, &forget).unwrap().into_iter().map(|l| l.id).collect()
+        choose(all, &forget, &known()).unwrap().into_iter().map(|l| l.id).collect()
     }
 
     #[test]
@@ -469,10 +512,10 @@ mod tests {
         let all = [listed(1, "docs", 1), listed(2, "docs", 2), listed(3, "", 3)];
         let hex = |number: u8| Id::of(&[number]).to_hex();
         assert_eq!(chosen(&all, &[&hex(1)[..8], &hex(3)], 0, 0), [Id::of(&[1]), Id::of(&[3])]);
-        let refused = choose(&all, &Forget { named: vec![hex(2)], rules: None }).unwrap_err();
+        let refused = choose(&all, &Forget { named: vec![hex(2)], rules: None }, &known()).unwrap_err();
         assert_eq!(refused.code(), "newest_snapshot", "{refused}");
         for unknown in ["", "12345678", &hex(1)[..7], &hex(9)] {
-            let error = choose(&all, &Forget { named: vec![unknown.to_owned()], rules: None }).unwrap_err();
+            let error = choose(&all, &Forget { named: vec![unknown.to_owned()], rules: None }, &known()).unwrap_err();
             assert_eq!(error.code(), "unknown_snapshot", "{unknown}");
         }
     }

@@ -1,9 +1,9 @@
 //! The runner's side of the worker: starts it, feeds it, listens to it, and ends it.
 //!
 //! For a stream, the runner makes the pipe and starts the producer under a supervisor of its own. The end
-//! of the stream is shown to the archiver only after the producer has ended with 0; if it failed, the
-//! archiver is killed first. Runner and worker each hold the write end until then, so that the death of
-//! either shows the archiver no end.
+//! of the stream is shown to the engine only after the producer has ended with 0; if it failed, the
+//! worker is told to stop first. Runner and worker each hold the write end until then, so that the death of
+//! either shows the engine no end.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
@@ -25,7 +25,7 @@ use crate::platform::size::Size;
 use crate::policy::ServiceSettings;
 use crate::repository::Progress;
 
-/// How long a worker that was asked to stop may take: it has to kill the archiver and remove what that
+/// How long a worker that was asked to stop may take: it has to end the engine and remove what that
 /// committed.
 const STOP_GRACE: Duration = Duration::from_secs(20);
 
@@ -133,7 +133,7 @@ impl Worker {
                         end => last = Some(end),
                     }
                 }
-                // Its archiver is sent SIGKILL before a dead worker can be waited for: from here on the
+                // The engine is gone before a dead worker can be waited for: from here on the
                 // stream may end without being taken for whole.
                 let _ = child.wait().await;
                 stop_producer.cancel();
@@ -149,7 +149,7 @@ impl Worker {
                 () = stop_and_wait(stop) => {}
             }
         }
-        // Whoever still lives is killed; a worker takes the archiver with it.
+        // Whoever still lives is killed.
         drop(orders.take());
         let _ = child.kill().await;
         let ended = match (producer_failure, last) {
@@ -202,7 +202,7 @@ async fn feed(
             // A worker that is gone is noticed by its missing result.
             let _ = send(orders, &WorkerOrder::EndOfStream).await;
         } else {
-            // The worker kills the archiver when its orders end; only then may the write end be closed.
+            // The worker calls the engine off when its orders end; only then may the write end be closed.
             drop(orders.take());
             let failure = producer_failure(ended, stop_producer);
             stop_producer.cancelled().await;

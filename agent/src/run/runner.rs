@@ -371,12 +371,12 @@ impl Asked {
         rules: retention::Rules,
         alive: &Lock,
     ) -> Result<Expired, Failure> {
+        if plan.location.destination.put_only {
+            return Ok(Expired::default());
+        }
         let ledger = Ledger::of(&host.state_dir);
         let gone = self.past_retention(&ledger, plan, rules).await?;
         if gone.is_empty() {
-            return Ok(Expired::default());
-        }
-        if plan.location.destination.put_only {
             return Ok(Expired::default());
         }
         if !plan.may_prune {
@@ -387,7 +387,19 @@ impl Asked {
         let work = Work::Expire { snapshot_ids: gone.iter().map(|c| c.snapshot_id.clone()).collect() };
         let task = WorkerTask { location: plan.location.clone(), effort: plan.effort.clone(), work };
         let worker = Worker::start(&host.fence, task, alive, None).await?;
-        let ended = worker.finish(&CancellationToken::new(), None, |_| {}).await;
+        // What is removed has as much time as what is stored: nobody else can run meanwhile.
+        let out_of_time = CancellationToken::new();
+        let ended = {
+            let work = worker.finish(&out_of_time, None, |_| {});
+            tokio::pin!(work);
+            tokio::select! {
+                ended = &mut work => ended,
+                () = tokio::time::sleep(host.run_time_max) => {
+                    out_of_time.cancel();
+                    work.await
+                }
+            }
+        };
         let mut expired = Expired::default();
         match ended {
             Ok(WorkerEvent::Removed { repository_bytes, warning }) => {

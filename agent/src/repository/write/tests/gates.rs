@@ -3,6 +3,7 @@
 use std::io::{self, Read};
 use std::num::NonZeroUsize;
 
+use crate::format::Timestamp;
 use crate::format::lock::Lock;
 use crate::storage::{Kind, Storage as _};
 
@@ -137,8 +138,8 @@ fn exclusive_lock_of_another_is_respected_and_a_stale_one_of_this_host_is_cleare
     let place = Place::new();
     put_file(&place.source().join("a"), b"a");
     let archive = place.open();
-    let lock = |hostname: &str, pid, exclusive| Lock {
-        time: timestamp(clock().as_ref()),
+    let lock_of = |hostname: &str, pid, exclusive, age| Lock {
+        time: Timestamp { seconds: timestamp(clock().as_ref()).seconds - age, nanos: 0 },
         exclusive,
         hostname: hostname.to_owned(),
         username: "somebody".to_owned(),
@@ -148,9 +149,15 @@ fn exclusive_lock_of_another_is_respected_and_a_stale_one_of_this_host_is_cleare
     };
     let put = |lock: Lock| archive.write_file(Kind::Lock, &lock.to_bytes().unwrap()).unwrap().0;
     let here = nix::unistd::gethostname().unwrap().to_string_lossy().into_owned();
-    put(lock(&here, i32::MAX, true));
+    let lock = |hostname: &str, pid, exclusive| lock_of(hostname, pid, exclusive, 0);
+    put(lock(&here, i32::MAX, false));
+    put(lock_of(&here, i32::MAX, true, 31 * 60));
     put(lock("elsewhere", i32::MAX, false));
     place.store().unwrap();
+    // Another machine can have our name.
+    let namesake = put(lock_of(&here, i32::MAX, true, 20 * 60));
+    assert!(matches!(place.store(), Err(ArchiveError::Locked(_))));
+    archive.storage().remove(&namesake).unwrap();
     let theirs = put(lock("elsewhere", 1, true));
     let refused = place.store().unwrap_err();
     assert_eq!(refused.to_string(), "the repository is locked by process 1 on elsewhere");
