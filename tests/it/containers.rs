@@ -83,10 +83,11 @@ fn paused_container_writes_nothing_into_the_point_and_runs_on_as_it_was() {
     assert_eq!(held.docker.status("stopped"), "exited");
     let stored = held.restored(&agent, &run);
     assert!(stored.len() > 2 && held.lines().starts_with(&stored), "a beginning of what it wrote");
-    let events = held
-        .docker
-        .docker(&["events", "--since", "1h", "--until", "0s", "--format", "{{.Action}} {{.Actor.Attributes.name}}"])
-        .ok();
+    let format = "{{.Action}} {{.Actor.Attributes.name}}";
+    let ask = || held.docker.docker(&["events", "--since", "1h", "--until", "0s", "--format", format]).ok();
+    // Docker tells what happened up to the last full second.
+    wait_until("Docker to tell of the run", Duration::from_secs(10), || ask().contains("unpause db"));
+    let events = ask();
     for (action, times) in [("pause db", 1), ("unpause db", 1), ("pause stopped", 0), ("unpause paused", 0)] {
         assert_eq!(events.lines().filter(|line| *line == action).count(), times, "{action}:\n{events}");
     }
