@@ -17,7 +17,6 @@ use super::{Complaint, EXIT_FAILED, EXIT_MEND, output};
 use crate::daemon::settings::Settings;
 use crate::platform::chain;
 use crate::platform::clock::{Clock as _, SystemClock};
-use crate::platform::trust::{self, Distrust};
 use crate::repository::prune::{self, Forget, How, Known, PruneError};
 use crate::repository::recovery::{Key, Place, Recovered};
 use crate::repository::retention::Rules;
@@ -130,14 +129,6 @@ pub(super) async fn run(
     let lock_wait = Duration::from_secs(arguments.lock_wait);
     if !arguments.dry_run {
         // Before anything is forgotten.
-        match trust::check(&how.restic) {
-            Err(Distrust::File(error)) if error.is_missing() => Err(PruneError::NoRestic(how.restic.clone()).into()),
-            Err(error) => {
-                let next = "give restic to root, or name another";
-                Err(Complaint::mend("unsafe_permissions", chain(&error), next))
-            }
-            Ok(()) => Ok(()),
-        }?;
         prune::check_restic(&how.restic).await?;
     }
     let (at, wanted, runs) = (place.clone(), forget.clone(), ledger.clone());

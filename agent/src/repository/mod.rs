@@ -218,6 +218,7 @@ impl Repository {
         }
         let _alone = self.alone_with_keys().await?;
         let known = files::read(&location.id_file(), 1024).ok();
+        let is_known = known.is_some();
         let exists = own::exists(location).await?;
         let id = match (exists, known) {
             (false, Some(_)) => return Err(RepositoryError::Gone(location.place())),
@@ -232,7 +233,9 @@ impl Repository {
         let key = keys::escrow(&password_file, location.mode, recovery_recipient)?;
         let key = RepositoryKey { repository_id: id, destination: location.destination.name.clone(), key };
         own::lay_beside(location, &key).await?;
-        files::write(&location.id_file(), key.repository_id.as_bytes(), 0o600)?;
+        if !is_known {
+            files::write(&location.id_file(), key.repository_id.as_bytes(), 0o600)?;
+        }
         Ok(key)
     }
 

@@ -232,11 +232,16 @@ impl Archive {
     pub(super) fn write_file_or_withdraw(&self, kind: Kind, plain: &[u8]) -> Result<(Object, u64), ArchiveError> {
         let (object, sealed) = self.seal_file(kind, plain)?;
         if let Err(error) = self.storage.put(&object, &sealed) {
-            let removed = self.storage.remove(&object);
-            tracing::warn!(event = "withdrawn", %object, removed = removed.is_ok());
+            self.withdraw(&object);
             return Err(error.into());
         }
         Ok((object, sealed.len() as u64))
+    }
+
+    /// Removes what must not be there, where that is allowed.
+    pub(super) fn withdraw(&self, object: &Object) {
+        let removed = self.storage.remove(object);
+        tracing::warn!(event = "withdrawn", %object, removed = removed.is_ok());
     }
 
     fn seal_file(&self, kind: Kind, plain: &[u8]) -> Result<(Object, Vec<u8>), ArchiveError> {

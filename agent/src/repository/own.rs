@@ -38,8 +38,6 @@ const LOCK_PAUSE: Duration = Duration::from_millis(500);
 const LOOK_PAUSE: Duration = Duration::from_millis(250);
 /// How long a store that was called off may take to end.
 const CANCEL_GRACE: Duration = Duration::from_secs(10);
-/// A password is some hundred bytes at most.
-const PASSWORD_BYTES_MAX: u64 = 16 * 1024;
 
 /// What is needed to open the repository.
 #[derive(Clone, Debug)]
@@ -52,7 +50,7 @@ impl Place {
 
     /// Without the white space around it, as restic reads such a file.
     fn password(&self) -> Result<Zeroizing<Vec<u8>>, RepositoryError> {
-        let read = files::read(&self.0.password_file(), PASSWORD_BYTES_MAX).map_err(RepositoryError::OwnFile)?;
+        let read = files::read(&self.0.password_file(), keys::KEY_BYTES_MAX).map_err(RepositoryError::OwnFile)?;
         let read = Zeroizing::new(read);
         Ok(Zeroizing::new(read.trim_ascii().to_vec()))
     }
@@ -65,7 +63,7 @@ impl Place {
 
     fn open(&self) -> Result<Archive, RepositoryError> {
         let archive = Archive::open(self.storage()?, &self.password()?).map_err(|error| self.named(error))?;
-        let known = files::read(&self.0.id_file(), PASSWORD_BYTES_MAX).ok();
+        let known = files::read(&self.0.id_file(), keys::KEY_BYTES_MAX).ok();
         match known {
             Some(id) if id != archive.config().id.as_bytes() => {
                 let place = self.0.place();

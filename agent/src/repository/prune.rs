@@ -51,6 +51,9 @@ pub enum PruneError {
     /// There is no restic.
     #[error("there is no program {0}")]
     NoRestic(PathBuf),
+    /// The program is not believed.
+    #[error(transparent)]
+    Distrust(Distrust),
     /// A snapshot that was named is not there, or is named by what several begin with.
     #[error(transparent)]
     Recovery(#[from] RecoveryError),
@@ -108,6 +111,7 @@ impl PruneError {
     pub fn code(&self) -> &str {
         match self {
             Self::NoRestic(_) => "restic_missing",
+            Self::Distrust(_) => "unsafe_permissions",
             Self::Recovery(error) => error.code(),
             Self::Newest { .. } => "newest_snapshot",
             Self::Path(_) => "place_invalid",
@@ -121,6 +125,7 @@ impl PruneError {
     pub fn next_step(&self) -> &str {
         match self {
             Self::NoRestic(_) => "install the package `restic` (0.14 or later), or name the program with --restic",
+            Self::Distrust(_) => "give restic to root, or name another",
             Self::Recovery(error) => error.next_step(),
             Self::Newest { .. } => "leave it out; remove the whole repository by hand if nothing of it is wanted",
             Self::Path(_) => "rename the file, or link to it under a plain name",
@@ -138,7 +143,7 @@ impl PruneError {
     /// Whether a person has to mend something before it can work.
     pub fn needs_operator(&self) -> bool {
         match self {
-            Self::NoRestic(_) | Self::Newest { .. } | Self::Path(_) => true,
+            Self::NoRestic(_) | Self::Distrust(_) | Self::Newest { .. } | Self::Path(_) => true,
             Self::Recovery(error) => error.needs_operator(),
             _ => false,
         }
@@ -226,11 +231,20 @@ pub fn stored_bytes(repository: &Recovered) -> Result<u64, PruneError> {
     Ok(place::stored_bytes(repository.archive().storage().as_ref())?)
 }
 
-/// Whether the program is there and says that it is restic.
+/// Whether the program is there, and nobody but those who are believed could have changed it.
+fn believe(program: &Path) -> Result<(), PruneError> {
+    trust::check(program).map_err(|error| match error {
+        Distrust::File(error) if error.is_missing() => PruneError::NoRestic(program.to_owned()),
+        other => PruneError::Distrust(other),
+    })
+}
+
+/// Whether the program is there, is believed, and says that it is restic.
 ///
 /// # Errors
-/// [`PruneError::NoRestic`], or what it says instead.
+/// [`PruneError::NoRestic`], [`PruneError::Distrust`], or what it says instead.
 pub async fn check_restic(program: &Path) -> Result<(), PruneError> {
+    believe(program)?;
     match Program::new(program).arg("version").run(b"", Limits::seconds(VERSION_SECONDS)).await {
         Ok(output) if output.status.success() && output.stdout.starts_with(b"restic ") => Ok(()),
         Ok(output) => {
@@ -270,10 +284,7 @@ pub async fn prune(
 /// The same on a host that stores there.
 pub(super) async fn of_host(location: &Location) -> Result<(), PruneError> {
     let how = How { restic: location.restic.clone(), cache: Some(location.cache.clone()) };
-    trust::check(&how.restic).map_err(|error| match error {
-        Distrust::File(error) if error.is_missing() => PruneError::NoRestic(how.restic.clone()),
-        other => PruneError::Recovery(other.into()),
-    })?;
+    believe(&how.restic)?;
     let place = Place { destination: location.destination.clone(), repository: location.name() };
     let password = own::password(location)?;
     let lock_wait = Duration::from_secs(location.lock_wait_seconds);

@@ -75,11 +75,7 @@ pub(super) fn commit(
     }
     // A snapshot whose put failed would be whole if it is there, but nobody would know of it.
     let (object, size) = archive.write_file_or_withdraw(Kind::Snapshot, &plain)?;
-    if let Err(error) = prove::read_back(archive, &object, size) {
-        let removed = archive.storage().remove(&object);
-        tracing::warn!(event = "snapshot_withdrawn", snapshot = %object.name, removed = removed.is_ok());
-        return Err(error);
-    }
+    prove::read_back(archive, &object, size).inspect_err(|_| archive.withdraw(&object))?;
     let id = object.name.parse()?;
     let mut objects = whole.objects;
     objects.push((object, size));
