@@ -33,7 +33,7 @@ mod armed {
     use nix::sys::signal::{Signal, raise};
 
     use crate::platform::trust;
-    use crate::storage::{Kind, Object, Storage, StorageError};
+    use crate::storage::{Kind, Object, Seen, Storage, StorageError};
 
     /// How often whoever waits looks whether it is still to wait.
     const PAUSE: Duration = Duration::from_millis(20);
@@ -208,7 +208,7 @@ mod armed {
             self.inner.get(object, bytes_max)
         }
 
-        fn read_back(&self, object: &Object, bytes_max: u64) -> Result<Vec<u8>, StorageError> {
+        fn read_back(&self, object: &Object, bytes_max: u64) -> Result<Seen, StorageError> {
             self.call("read back", &object.to_string())?;
             self.inner.read_back(object, bytes_max)
         }

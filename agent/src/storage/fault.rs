@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 
-use super::{Kind, Object, Storage, StorageError, failed};
+use super::{Kind, Object, Seen, Storage, StorageError, failed};
 
 /// What the chosen call does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,8 +161,8 @@ impl<S: Storage> Storage for Faulty<S> {
         self.call("read", Some(object), || self.inner.get(object, bytes_max))
     }
 
-    fn read_back(&self, object: &Object, bytes_max: u64) -> Result<Vec<u8>, StorageError> {
-        self.call("read back", Some(object), || self.inner.read_back(object, bytes_max))
+    fn read_back(&self, object: &Object, bytes_max: u64) -> Result<Seen, StorageError> {
+        self.call("read", Some(object), || self.inner.read_back(object, bytes_max))
     }
 
     fn get_range(&self, object: &Object, offset: u64, length: u64) -> Result<Vec<u8>, StorageError> {

@@ -21,14 +21,17 @@ use std::time::{Duration, SystemTime};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, PosixFadviseAdvice, RenameFlags, posix_fadvise, renameat2};
 use nix::unistd::linkat;
+use sha2::{Digest as _, Sha256};
 
-use super::{Kind, Object, Storage, StorageError, failed, too_short};
+use super::{Kind, Object, Seen, Storage, StorageError, failed, too_short};
 use crate::platform::backoff::random_u64;
 use crate::platform::clock::{Clock as _, SystemClock};
 use crate::platform::files;
 
 /// What stands between an object's name and the random rest in the name of a half-written file.
 const UNFINISHED: &str = "-tmp-";
+/// Bytes that are read back at once.
+const PIECE_BYTES: usize = 256 * 1024;
 /// A half-written file that nobody has written to for so long has no writer any more.
 const LEFTOVER_AGE: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -199,12 +202,16 @@ impl Storage for Folder {
         Ok(bytes)
     }
 
-    fn read_back(&self, object: &Object, bytes_max: u64) -> Result<Vec<u8>, StorageError> {
+    fn read_back(&self, object: &Object, bytes_max: u64) -> Result<Seen, StorageError> {
         object.check_name("read")?;
         let file = open(&self.path(object)).map_err(|e| missing_or(object, e))?;
         // What was synced can be dropped from the page cache, so that the disk answers and not our own memory.
         let _ = posix_fadvise(file.as_fd(), 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
-        self.get(object, bytes_max)
+        let seen = see(&file, bytes_max).map_err(|e| missing_or(object, e))?;
+        match seen.bytes > bytes_max {
+            true => Err(StorageError::TooBig { object: object.clone(), bytes: seen.bytes, bytes_max }),
+            false => Ok(seen),
+        }
     }
 
     fn get_range(&self, object: &Object, offset: u64, length: u64) -> Result<Vec<u8>, StorageError> {
@@ -260,6 +267,23 @@ fn open(path: &Path) -> io::Result<File> {
         true => Ok(file),
         false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file")),
     }
+}
+
+/// Reads a file piece by piece, and no further than one byte past the bound.
+fn see(mut file: &File, bytes_max: u64) -> io::Result<Seen> {
+    let (mut hasher, mut bytes, mut piece) = (Sha256::new(), 0, vec![0; PIECE_BYTES]);
+    while bytes <= bytes_max {
+        match file.read(&mut piece) {
+            Ok(0) => break,
+            Ok(read) => {
+                hasher.update(&piece[..read]);
+                bytes += read as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(Seen { bytes, sha256: hasher.finalize().into() })
 }
 
 fn unfinished(path: &Path) -> io::Result<PathBuf> {

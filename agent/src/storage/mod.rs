@@ -17,6 +17,8 @@ mod transport;
 
 use std::fmt;
 
+use sha2::{Digest as _, Sha256};
+
 pub use folder::Folder;
 pub use retry::Limits;
 pub use s3::{Credentials, S3Place, s3};
@@ -165,6 +167,21 @@ fn too_short(object: &Object, offset: u64, length: u64, bytes: u64) -> StorageEr
     failed("read", object, reason)
 }
 
+/// What a place has of an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// How many bytes it has.
+    pub bytes: u64,
+    /// Their SHA-256.
+    pub sha256: [u8; 32],
+}
+
+impl Seen {
+    fn of(bytes: &[u8]) -> Self {
+        Self { bytes: bytes.len() as u64, sha256: Sha256::digest(bytes).into() }
+    }
+}
+
 /// A place for objects.
 pub trait Storage: Send + Sync + fmt::Debug {
     /// Where it is, for people; without secrets.
@@ -189,12 +206,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// When it is missing, bigger than `bytes_max`, or cannot be read.
     fn get(&self, object: &Object, bytes_max: u64) -> Result<Vec<u8>, StorageError>;
 
-    /// The whole of an object as the place has it, and not as this host remembers having written it.
+    /// Size and SHA-256 of the whole of an object as the place has it, and not as this host remembers having written it.
     ///
     /// # Errors
     /// As [`Storage::get`].
-    fn read_back(&self, object: &Object, bytes_max: u64) -> Result<Vec<u8>, StorageError> {
-        self.get(object, bytes_max)
+    fn read_back(&self, object: &Object, bytes_max: u64) -> Result<Seen, StorageError> {
+        Ok(Seen::of(&self.get(object, bytes_max)?))
     }
 
     /// A part of an object: exactly `length` bytes.

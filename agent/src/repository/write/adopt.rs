@@ -8,8 +8,6 @@
 
 use std::collections::HashSet;
 
-use sha2::{Digest as _, Sha256};
-
 use crate::format::index::IndexedPack;
 use crate::format::{FormatError, Id};
 use crate::storage::{Kind, Object};
@@ -17,14 +15,12 @@ use crate::storage::{Kind, Object};
 use super::super::index::BlobIndex;
 use super::super::lock::HeldLock;
 use super::super::open::{Archive, ArchiveError};
-use super::Cancel;
+use super::{Cancel, prove};
 
 /// Most packs that are taken in by one run: two dead writers' worth. Others wait for the next, or for a prune.
 const PACKS_MAX: usize = 64;
 /// A pack that is bigger is none of ours, and none that restic makes.
 const PACK_BYTES_MAX: u64 = 256 * 1024 * 1024;
-/// Bytes that are read at once.
-const READ_BYTES: u64 = 4 * 1024 * 1024;
 
 /// Takes unnamed packs into the index, which was loaded out of `named` files; returns those that an index file must
 /// still name.
@@ -73,14 +69,7 @@ fn read(archive: &Archive, id: Id, bytes: u64) -> Result<IndexedPack, ArchiveErr
         return Err(wrong(FormatError::TooMuch { what: "pack", asked: bytes, allowed: PACK_BYTES_MAX }));
     }
     let end = archive.pack_end(&object, bytes)?;
-    let mut hasher = Sha256::new();
-    let mut offset = 0;
-    while offset < bytes {
-        let length = READ_BYTES.min(bytes - offset);
-        hasher.update(archive.storage().get_range(&object, offset, length)?);
-        offset += length;
-    }
-    match Id::from_bytes(hasher.finalize().into()) == id {
+    match prove::is_named_by_its_bytes(archive, &object, bytes)? {
         true => Ok(IndexedPack { id, blobs: end.blobs }),
         false => Err(wrong(FormatError::Damaged { what: "pack", why: "its hash is not its name".to_owned() })),
     }

@@ -12,11 +12,16 @@ use super::super::open::{Archive, ArchiveError};
 /// Reads an object back, as its place has it. One that is not as it was written is removed where that is allowed, so
 /// that nobody takes it for stored.
 pub(super) fn read_back(archive: &Archive, object: &Object, bytes: u64) -> Result<(), ArchiveError> {
-    let there = archive.storage().read_back(object, bytes)?;
-    if there.len() as u64 == bytes && Id::of(&there).to_hex() == object.name {
+    if is_named_by_its_bytes(archive, object, bytes)? {
         return Ok(());
     }
-    let removed = archive.storage().remove(object);
-    tracing::error!(event = "object_differs", %object, removed = removed.is_ok());
+    tracing::error!(event = "object_differs", %object);
+    archive.withdraw(object);
     Err(ArchiveError::Object { object: object.to_string(), source: FormatError::Forged("object") })
+}
+
+/// Whether the place has so many bytes of an object, and their hash is its name.
+pub(super) fn is_named_by_its_bytes(archive: &Archive, object: &Object, bytes: u64) -> Result<bool, ArchiveError> {
+    let seen = archive.storage().read_back(object, bytes)?;
+    Ok(seen.bytes == bytes && Id::from_bytes(seen.sha256).to_hex() == object.name)
 }

@@ -201,7 +201,7 @@ impl Storage for Hooked {
     fn get(&self, object: &Object, bytes_max: u64) -> Result<Vec<u8>, StorageError> {
         self.inner.get(object, bytes_max)
     }
-    fn read_back(&self, object: &Object, bytes_max: u64) -> Result<Vec<u8>, StorageError> {
+    fn read_back(&self, object: &Object, bytes_max: u64) -> Result<crate::storage::Seen, StorageError> {
         (self.before_proof)(object)?;
         self.inner.read_back(object, bytes_max)
     }
