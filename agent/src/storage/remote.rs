@@ -8,11 +8,15 @@ use std::fmt;
 use std::io;
 
 use bytes::Bytes;
+use sha2::{Digest as _, Sha256};
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::{Semaphore, oneshot};
 
 use super::retry::{Limits, Trouble, retry};
-use super::{Kind, Object, Storage, StorageError, failed, too_short};
+use super::{Kind, Object, Seen, Storage, StorageError, failed, too_short};
+
+/// Bytes that are read back by one request.
+const READ_BYTES: u64 = 4 * 1024 * 1024;
 
 /// A server that holds objects; each call is one try.
 pub(super) trait Server: fmt::Debug + Send + Sync + 'static {
@@ -114,6 +118,21 @@ impl<S: Server> Storage for Remote<S> {
             return Err(StorageError::TooBig { object: object.clone(), bytes, bytes_max });
         }
         self.get_range(object, 0, bytes)
+    }
+
+    fn read_back(&self, object: &Object, bytes_max: u64) -> Result<Seen, StorageError> {
+        object.check_name("read")?;
+        let bytes = self.call(|| self.server.size(object))?;
+        if bytes > bytes_max {
+            return Err(StorageError::TooBig { object: object.clone(), bytes, bytes_max });
+        }
+        let (mut hasher, mut offset) = (Sha256::new(), 0);
+        while offset < bytes {
+            let length = READ_BYTES.min(bytes - offset);
+            hasher.update(self.get_range(object, offset, length)?);
+            offset += length;
+        }
+        Ok(Seen { bytes, sha256: hasher.finalize().into() })
     }
 
     fn get_range(&self, object: &Object, offset: u64, length: u64) -> Result<Vec<u8>, StorageError> {
