@@ -149,6 +149,8 @@ pub struct Stored {
     pub files: u64,
     /// Entries that went away while a live tree was read.
     pub vanished: u64,
+    /// Bytes of all that is in the repository now.
+    pub repository_bytes: u64,
 }
 
 /// A snapshot in the repository.

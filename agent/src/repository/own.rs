@@ -274,6 +274,7 @@ pub(super) async fn store(
         bytes_stored: stored.objects.iter().map(|(_, bytes)| bytes).sum(),
         files: stored.files,
         vanished: stored.vanished,
+        repository_bytes: stored.repository_bytes,
     })
 }
 
@@ -375,12 +376,15 @@ fn restore_progress(counters: &restore::Counters) -> Progress {
     }
 }
 
-/// Tells how far something is while it goes on.
+/// Tells how far something is while it goes on, and how far it came.
 async fn watched<T>(work: impl Future<Output = T>, look: impl Fn() -> Progress, mut tell: impl FnMut(Progress)) -> T {
     tokio::pin!(work);
     loop {
         tokio::select! {
-            done = &mut work => return done,
+            done = &mut work => {
+                tell(look());
+                return done;
+            }
             () = tokio::time::sleep(LOOK_PAUSE) => tell(look()),
         }
     }

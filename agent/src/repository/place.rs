@@ -30,10 +30,13 @@ pub fn create(
     open(destination, name, limits)
 }
 
-/// Bytes of all that is stored: packs, indexes, snapshots, keys.
+/// What counts as stored; locks do not.
+pub(super) const STORED: [Kind; 4] = [Kind::Pack, Kind::Index, Kind::Snapshot, Kind::Key];
+
+/// Bytes of all that is stored.
 pub(super) fn stored_bytes(storage: &dyn Storage) -> Result<u64, StorageError> {
     let mut bytes = 0;
-    for kind in [Kind::Pack, Kind::Index, Kind::Snapshot, Kind::Key] {
+    for kind in STORED {
         bytes += storage.list(kind)?.iter().map(|(_, bytes)| bytes).sum::<u64>();
     }
     Ok(bytes)

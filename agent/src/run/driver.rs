@@ -527,13 +527,13 @@ impl<'a> Driver<'a> {
         failpoint::at("archiving");
         self.archived_anything = true;
         match self.store(stop).await {
-            Ok((stored, repository_bytes)) => {
+            Ok(stored) => {
                 self.record.bytes_read = stored.bytes_read;
                 self.record.bytes_stored = stored.bytes_stored;
                 self.record.size_bytes = stored.bytes_read;
                 self.record.files = stored.files;
                 self.record.vanished = stored.vanished;
-                self.record.repository_bytes = repository_bytes;
+                self.record.repository_bytes = stored.repository_bytes;
                 self.stored = Some(stored);
                 machine::Event::Archived
             }
@@ -545,7 +545,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    async fn store(&mut self, stop: &CancellationToken) -> Result<(Stored, u64), Failure> {
+    async fn store(&mut self, stop: &CancellationToken) -> Result<Stored, Failure> {
         let plan = self.plan;
         let producer = match plan.input {
             Input::Stream { .. } => {
@@ -602,7 +602,7 @@ impl<'a> Driver<'a> {
         if let (Some(paths), true) = (&plan.paths, plan.point.is_live() && was_read) {
             paths.look_again().map_err(|e| Failure::of(ErrorClass::SourceMissing, &e))?;
         }
-        let WorkerEvent::Stored { stored, repository_bytes } = last? else {
+        let WorkerEvent::Stored(stored) = last? else {
             return Err(Failure::new(
                 ErrorClass::WorkerKilled,
                 "the worker ended with another result than was asked for",
@@ -611,7 +611,7 @@ impl<'a> Driver<'a> {
         if let Some(point) = &self.point {
             point.check(&self.host.freeze).await.map_err(|e| point_failure(&e))?;
         }
-        Ok((stored, repository_bytes))
+        Ok(stored)
     }
 
     /// Removes the point, and whatever a failed run may have left in the repository. False: recovery has to.

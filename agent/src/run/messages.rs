@@ -144,13 +144,8 @@ pub enum WorkerEvent {
         /// How far.
         progress: Progress,
     },
-    /// It is done.
-    Stored {
-        /// What was stored.
-        stored: Stored,
-        /// Size of the repository now.
-        repository_bytes: u64,
-    },
+    /// What was stored.
+    Stored(Stored),
     /// A [`Work::Forget`] or [`Work::Expire`] is done.
     Removed {
         /// Size of the repository now.

@@ -190,14 +190,11 @@ impl Store {
             reached = self.failpoints.at("store") => reached?,
             () = &mut cancelled => return Err(RepositoryError::Cancelled),
         }
-        let bytes_before = self.repository.size_bytes().await?;
         let mut say = Throttle { events, next: Instant::now() };
         let on_progress = |phase, progress| say.progress(phase, progress);
         let stored = self.repository.store(&self.job, stream, cancelled, on_progress).await?;
         self.failpoints.at("stored").await?;
-        // A listing that fails now must not undo what is stored.
-        let repository_bytes = bytes_before + stored.bytes_stored;
-        Ok(WorkerEvent::Stored { stored, repository_bytes })
+        Ok(WorkerEvent::Stored(stored))
     }
 }
 

@@ -178,6 +178,55 @@ impl<S: Storage> Storage for Faulty<S> {
     }
 }
 
+/// A place that denies some puts and removals, as a disk that is mounted read-only or credentials that only put do.
+#[cfg(test)]
+pub(crate) struct Denying<S> {
+    pub(crate) inner: S,
+    pub(crate) may_put: fn(&S, &Object) -> bool,
+    pub(crate) may_remove: fn(&Object) -> bool,
+}
+
+#[cfg(test)]
+impl<S> std::fmt::Debug for Denying<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Denying")
+    }
+}
+
+#[cfg(test)]
+impl<S: Storage> Storage for Denying<S> {
+    fn place(&self) -> String {
+        self.inner.place()
+    }
+
+    fn put(&self, object: &Object, bytes: &[u8]) -> Result<(), StorageError> {
+        assert!(!bytes.is_empty(), "nobody puts nothing");
+        match (self.may_put)(&self.inner, object) {
+            true => self.inner.put(object, bytes),
+            false => Err(failed("store", object, "access denied")),
+        }
+    }
+
+    fn get(&self, object: &Object, bytes_max: u64) -> Result<Vec<u8>, StorageError> {
+        self.inner.get(object, bytes_max)
+    }
+
+    fn get_range(&self, object: &Object, offset: u64, length: u64) -> Result<Vec<u8>, StorageError> {
+        self.inner.get_range(object, offset, length)
+    }
+
+    fn list(&self, kind: Kind) -> Result<Vec<(String, u64)>, StorageError> {
+        self.inner.list(kind)
+    }
+
+    fn remove(&self, object: &Object) -> Result<(), StorageError> {
+        match (self.may_remove)(object) {
+            true => self.inner.remove(object),
+            false => Err(failed("remove", object, "access denied")),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,7 +6,8 @@ use std::os::fd::OwnedFd;
 use super::*;
 use crate::policy::How;
 use crate::repository::restore::Reader;
-use crate::storage::{Folder, Kind, Object, Storage, StorageError};
+use crate::storage::fault::Denying;
+use crate::storage::{Folder, Kind};
 
 const CHEAP: Cost = Cost { log_n: 10, r: 8, p: 1 };
 
@@ -59,7 +60,7 @@ fn place_that_takes_nothing_more_is_read_without_a_lock() {
         &Counters::default(),
     );
     let tree = stored.unwrap().tree;
-    let read_only = Arc::new(ReadOnly(Folder::open(folder.path()).unwrap()));
+    let read_only = Arc::new(read_only(folder.path()));
     let archive = Archive::open(read_only, b"secret").unwrap();
     assert!(locked(&archive, Instant::now()).is_err());
     let lock = locked_to_read(&archive, Instant::now()).unwrap();
@@ -88,37 +89,11 @@ fn lock_of_another_keeps_a_reader_out_even_where_nothing_can_be_written() {
         gid: None,
     };
     made.write_file(Kind::Lock, &theirs.to_bytes().unwrap()).unwrap();
-    let archive = Archive::open(Arc::new(ReadOnly(Folder::open(folder.path()).unwrap())), b"secret").unwrap();
+    let archive = Archive::open(Arc::new(read_only(folder.path())), b"secret").unwrap();
     let refused = locked_to_read(&archive, Instant::now()).unwrap_err();
     assert!(matches!(refused, RepositoryError::Locked(_)), "{refused}");
 }
 
-fn refused(operation: &'static str, object: &Object) -> StorageError {
-    StorageError::Failed { operation, what: object.to_string(), reason: "Read-only file system".to_owned() }
-}
-
-/// A place that can only be read.
-#[derive(Debug)]
-struct ReadOnly(Folder);
-
-impl Storage for ReadOnly {
-    fn place(&self) -> String {
-        self.0.place()
-    }
-    fn put(&self, object: &Object, bytes: &[u8]) -> Result<(), StorageError> {
-        assert!(!bytes.is_empty());
-        Err(refused("store", object))
-    }
-    fn get(&self, object: &Object, bytes_max: u64) -> Result<Vec<u8>, StorageError> {
-        self.0.get(object, bytes_max)
-    }
-    fn get_range(&self, object: &Object, offset: u64, length: u64) -> Result<Vec<u8>, StorageError> {
-        self.0.get_range(object, offset, length)
-    }
-    fn list(&self, kind: Kind) -> Result<Vec<(String, u64)>, StorageError> {
-        self.0.list(kind)
-    }
-    fn remove(&self, object: &Object) -> Result<(), StorageError> {
-        Err(refused("remove", object))
-    }
+fn read_only(folder: &Path) -> Denying<Folder> {
+    Denying { inner: Folder::open(folder).unwrap(), may_put: |_, _| false, may_remove: |_| false }
 }

@@ -11,6 +11,7 @@ use crate::storage::{Kind, Object};
 use super::super::errors::EntryErrors;
 use super::super::lock::HeldLock;
 use super::super::open::{Archive, ArchiveError};
+use super::super::place;
 use super::{Cancel, Stored, prove};
 
 /// Everything that was put before the snapshot: made by the uploaders once all of them ended well.
@@ -66,7 +67,7 @@ pub(super) fn commit(
     let Draft { mut snapshot, bytes, bytes_read, files } = draft;
     snapshot.tree = whole.tree;
     let plain = snapshot.to_bytes()?;
-    all_there(archive, &whole.objects)?;
+    let bytes_before = all_there(archive, &whole.objects)?;
     if !lock.is_held() {
         return Err(ArchiveError::LockLost);
     }
@@ -80,17 +81,19 @@ pub(super) fn commit(
     let mut objects = whole.objects;
     objects.push((object, size));
     let parent = snapshot.parent;
-    Ok(Stored { snapshot: id, tree: whole.tree, parent, bytes, bytes_read, files, vanished: whole.vanished, objects })
+    let (tree, vanished, repository_bytes) = (whole.tree, whole.vanished, bytes_before + size);
+    Ok(Stored { snapshot: id, tree, parent, bytes, bytes_read, files, vanished, objects, repository_bytes })
 }
 
-/// What was put must still be there: somebody may have pruned beside us in spite of our lock.
-fn all_there(archive: &Archive, objects: &[(Object, u64)]) -> Result<(), ArchiveError> {
+/// What was put must still be there: somebody may have pruned beside us in spite of our lock. Gives the bytes of all
+/// that is.
+fn all_there(archive: &Archive, objects: &[(Object, u64)]) -> Result<u64, ArchiveError> {
     let mut there = HashMap::new();
-    for kind in [Kind::Pack, Kind::Index] {
+    for kind in place::STORED {
         there.extend(archive.storage().list(kind)?);
     }
     match objects.iter().find(|(object, bytes)| there.get(&object.name) != Some(bytes)) {
-        None => Ok(()),
+        None => Ok(there.values().sum()),
         Some((object, _)) => Err(ArchiveError::Broken(format!("{object} was stored and is gone"))),
     }
 }

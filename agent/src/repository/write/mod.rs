@@ -186,6 +186,8 @@ pub struct Stored {
     pub vanished: u64,
     /// Every object that was put, with its size; the snapshot is the last one.
     pub objects: Vec<(Object, u64)>,
+    /// Bytes of all that is in the repository now.
+    pub repository_bytes: u64,
 }
 
 impl Archive {

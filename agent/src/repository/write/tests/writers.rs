@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::Mutex;
 
 use crate::platform::command::Program;
+use crate::storage::fault::Denying;
 use crate::storage::{Folder, Kind, Object, Storage, StorageError};
 
 use super::super::super::open::{Archive, ArchiveError};
@@ -165,39 +166,16 @@ fn damaged_pack_that_no_index_names_is_left_alone() {
 }
 
 /// As credentials that can put, get and list, and remove below `locks/`; and a bucket that keeps what is there.
-#[derive(Debug)]
-struct PutOnly(Folder);
-
-fn refused(operation: &'static str, object: &Object) -> StorageError {
-    StorageError::Failed { operation, what: object.to_string(), reason: "access denied".to_owned() }
-}
-
-impl Storage for PutOnly {
-    fn place(&self) -> String {
-        self.0.place()
-    }
-    fn put(&self, object: &Object, bytes: &[u8]) -> Result<(), StorageError> {
-        let is_there = self.0.list(object.kind)?.iter().any(|(name, _)| *name == object.name);
-        if is_there { Err(refused("store", object)) } else { self.0.put(object, bytes) }
-    }
-    fn get(&self, object: &Object, bytes_max: u64) -> Result<Vec<u8>, StorageError> {
-        self.0.get(object, bytes_max)
-    }
-    fn get_range(&self, object: &Object, offset: u64, length: u64) -> Result<Vec<u8>, StorageError> {
-        self.0.get_range(object, offset, length)
-    }
-    fn list(&self, kind: Kind) -> Result<Vec<(String, u64)>, StorageError> {
-        self.0.list(kind)
-    }
-    fn remove(&self, object: &Object) -> Result<(), StorageError> {
-        if object.kind == Kind::Lock { self.0.remove(object) } else { Err(refused("remove", object)) }
-    }
+fn put_only(inner: Folder) -> Denying<Folder> {
+    let is_new =
+        |inner: &Folder, object: &Object| inner.list(object.kind).unwrap().iter().all(|(n, _)| *n != object.name);
+    Denying { inner, may_put: is_new, may_remove: |object| object.kind == Kind::Lock }
 }
 
 #[test]
 fn credentials_that_only_put_are_enough_also_after_a_run_that_failed() {
     let place = Place::new();
-    let archive = place.open_at(Arc::new(PutOnly(place.folder()))).unwrap();
+    let archive = place.open_at(Arc::new(put_only(place.folder()))).unwrap();
     put_file(&place.source().join("a"), &noise(300_000, 1));
     store_path(&archive, &place.source()).unwrap();
     store_path(&archive, &place.source()).unwrap();
