@@ -144,12 +144,14 @@ pub(super) struct ProgressLine {
     is_wanted: bool,
     shown: bool,
     said: Option<(String, Instant)>,
+    /// What came too soon after the line before.
+    unsaid: Option<String>,
 }
 
 impl ProgressLine {
     /// `is_wanted`: whether anything is said of progress at all.
     pub(super) fn new(is_wanted: bool) -> Self {
-        Self { is_wanted, shown: false, said: None }
+        Self { is_wanted, shown: false, said: None, unsaid: None }
     }
 
     pub(super) fn show(&mut self, far: &Far) {
@@ -166,6 +168,9 @@ impl ProgressLine {
         if self.said.as_ref().is_none_or(is_due) {
             eprintln!("{text}");
             self.said = Some((far.phase.clone(), Instant::now()));
+            self.unsaid = None;
+        } else {
+            self.unsaid = Some(text);
         }
     }
 
@@ -183,10 +188,13 @@ impl ProgressLine {
         }
     }
 
+    /// Leaves what was shown last, so that a log tells how far it came in the end.
     pub(super) fn end(&mut self) {
-        if self.shown {
+        if std::mem::take(&mut self.shown) {
             eprintln!();
-            self.shown = false;
+        }
+        if let Some(text) = self.unsaid.take() {
+            eprintln!("{text}");
         }
     }
 }

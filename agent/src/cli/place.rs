@@ -13,10 +13,8 @@ use super::{Complaint, EXIT_FAILED, EXIT_MEND};
 use crate::platform::chain;
 use crate::repository::recovery::{Key, Place, RecoveryError};
 
-/// How often it is told how far the work is: on a terminal, where the line replaces itself.
+/// How often it is told how far the work is.
 const LOOK_PAUSE: Duration = Duration::from_millis(500);
-/// And elsewhere, where lines pile up.
-const LINE_PAUSE: Duration = Duration::from_secs(10);
 
 #[derive(clap::Args)]
 pub(super) struct PlaceArguments {
@@ -99,12 +97,12 @@ pub(super) async fn watched<T: Send + 'static, E: Send + 'static>(
         let _ = done.send(work(&flag));
     });
     thread.map_err(|e| Complaint::broken("no_thread", &e, "end other programs, or raise the limit"))?;
-    let is_terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    let mut ticks = tokio::time::interval(if is_terminal { LOOK_PAUSE } else { LINE_PAUSE });
+    let mut ticks = tokio::time::interval(LOOK_PAUSE);
     let (mut asked, mut asked_again) = (std::pin::pin!(asked_to_stop()), std::pin::pin!(asked_to_stop()));
     loop {
         tokio::select! {
             ended = &mut result => {
+                tell();
                 let broke = || Complaint::mend("broken", "the archive engine broke off", "repeat the command; if it stays, report it");
                 return ended.map_err(|_| broke());
             }
