@@ -76,6 +76,10 @@ impl<'a> Producer<'a> {
     }
 }
 
+/// How a worker's memory is given back. Left alone, glibc takes the biggest piece that was freed (the key's derivation,
+/// 32 MB) as the new bound below which freed memory stays with the process, packs included.
+const MALLOC: (&str, &str) = ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=262144");
+
 impl Worker {
     /// Starts one inside its bounds. It hears of its task only when it is there: it has done nothing before.
     pub(super) async fn start(
@@ -84,7 +88,7 @@ impl Worker {
         alive: &Lock,
         producer: Option<&Producer<'_>>,
     ) -> Result<Self, Failure> {
-        let program = Program::own().arg("worker");
+        let program = Program::own().arg("worker").env(MALLOC.0, MALLOC.1);
         let mut inherit: Vec<&dyn AsFd> = vec![&**alive];
         let program = match producer {
             Some(Producer { read, write: Some(write), .. }) => {

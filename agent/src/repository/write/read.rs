@@ -22,6 +22,9 @@ use super::work::{Batch, BigFile, Listed, Piece, Queues};
 /// Room for files of the kernel's, which do not say how long they are.
 const KERNEL_FILE_BYTES: usize = 4096;
 
+/// What is read ahead of the cuts, unless a piece is longer: twice what is looked at, so that little is moved.
+const WINDOW_BYTES: usize = 2 * BYTES_LOOK;
+
 /// How storing an entry ended that did not stop everything.
 type Entry<T> = Result<Result<T, Errno>, Stop>;
 
@@ -301,7 +304,7 @@ fn zero_pieces(pipeline: &Pipeline<'_>, tools: &mut Tools, file: &BigFile, zeros
     Ok(zeros)
 }
 
-/// A part of a file, some of which was not cut yet.
+/// A part of a file, some of which was not cut yet. It grows for a long piece.
 #[derive(Debug)]
 pub(super) struct Window {
     bytes: Vec<u8>,
@@ -312,11 +315,12 @@ pub(super) struct Window {
 impl Window {
     pub(super) fn new() -> Self {
         // Zeroed memory costs nothing before it is touched.
-        Self { bytes: vec![0; BYTES_MAX + BYTES_LOOK], start: 0, end: 0 }
+        Self { bytes: vec![0; WINDOW_BYTES], start: 0, end: 0 }
     }
 
-    pub(super) fn clear(&mut self) {
-        (self.start, self.end) = (0, 0);
+    /// Empty, for the next file; one that grew is given back.
+    pub(super) fn emptied(self) -> Option<Self> {
+        (self.bytes.len() == WINDOW_BYTES).then_some(Self { start: 0, end: 0, ..self })
     }
 
     fn known(&self) -> &[u8] {
@@ -332,6 +336,7 @@ impl Window {
         if self.start + wanted > self.bytes.len() {
             self.bytes.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
+            self.bytes.resize(self.bytes.len().max(wanted), 0);
         }
         while self.end - self.start < wanted {
             let room = self.bytes.get_mut(self.end..self.start + wanted).unwrap_or_default();

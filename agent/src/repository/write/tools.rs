@@ -19,7 +19,7 @@ const SAMPLE_BYTES: usize = 4 * 1024;
 const SAMPLES: usize = 6;
 const SAMPLE_LEVEL: i32 = 1;
 /// A scratch buffer that grew beyond this for one blob is given back.
-const SCRATCH_BYTES_MAX: usize = 16 * 1024 * 1024;
+const SCRATCH_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Buffers of pieces that a thread keeps.
 const BUFFERS_MAX: usize = 2;
 
@@ -70,9 +70,8 @@ impl Tools {
     }
 
     /// Keeps it for the next file.
-    pub(super) fn keep_window(&mut self, mut window: Window) {
-        window.clear();
-        self.window = Some(window);
+    pub(super) fn keep_window(&mut self, window: Window) {
+        self.window = window.emptied();
     }
 
     /// Stores a blob, unless it is stored.
@@ -109,7 +108,7 @@ impl Tools {
             }
         }
         self.sealed.clear();
-        pipeline.archive.cipher().seal_into(&random()?, text, &mut self.sealed);
+        pipeline.archive.cipher().seal_into(&random()?, text, &mut self.sealed)?;
         let is_compressed = text.len() < plain.len();
         Ok(u32::try_from(plain.len()).ok().filter(|_| is_compressed))
     }
