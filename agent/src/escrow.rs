@@ -3,7 +3,7 @@
 //! Plain data, with no way to print what must not be printed. It is made by the repository and told by a
 //! report.
 
-use hestner_proto::sha256_hex;
+use hestner_proto::sha256;
 use serde::{Deserialize, Serialize};
 
 /// The key that opens a repository, as the company gets it.
@@ -31,8 +31,8 @@ impl EscrowedKey {
     /// What tells two keys apart without holding either.
     pub fn mark(&self) -> String {
         match self {
-            Self::Wrapped(bytes) => sha256_hex(bytes),
-            Self::Open(password) => sha256_hex(format!("open:{password}").as_bytes()),
+            Self::Wrapped(bytes) => sha256::hex(bytes),
+            Self::Open(password) => sha256::hex(format!("open:{password}").as_bytes()),
         }
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bollard::Docker;
 use bollard::query_parameters::ListContainersOptionsBuilder;
-use hestner_proto::{sha256_hex, v1};
+use hestner_proto::{sha256, v1};
 use prost::Message as _;
 use serde::Deserialize;
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
@@ -132,7 +132,7 @@ pub async fn take(known: Known, settings: &Settings) -> v1::Inventory {
         grants: known.grants,
         destinations: known.destinations,
     };
-    inventory.hash = sha256_hex(&inventory.encode_to_vec());
+    inventory.hash = sha256::hex(&inventory.encode_to_vec());
     inventory
 }
 

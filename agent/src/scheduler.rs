@@ -222,7 +222,7 @@ impl Scheduler {
 
 /// Spreads servers that have the same schedule.
 fn seed(server_id: i64, service: &str) -> u64 {
-    let hash = hestner_proto::sha256_hex(format!("{server_id}/{service}").as_bytes());
+    let hash = hestner_proto::sha256::hex(format!("{server_id}/{service}").as_bytes());
     u64::from_str_radix(&hash[..16], 16).unwrap_or(0)
 }
 

@@ -52,13 +52,13 @@ impl FromStr for AgentId {
 
 /// Pin of a CA: SHA-256 of its certificate in DER, as 64 hex digits.
 pub fn ca_pin(certificate_der: &[u8]) -> String {
-    crate::sha256_hex(certificate_der)
+    crate::sha256::hex(certificate_der)
 }
 
 /// Fingerprint of a company's recovery key, as it is typed on the host: `sha256:` and the first 128 bits
 /// of the SHA-256 of the recipient's text. A second key with the same fingerprint costs 2^128 tries.
 pub fn recovery_fingerprint(recipient: &str) -> String {
-    format!("sha256:{}", &crate::sha256_hex(recipient.trim().as_bytes())[..32])
+    format!("sha256:{}", &crate::sha256::hex(recipient.trim().as_bytes())[..32])
 }
 
 #[cfg(test)]

@@ -1,11 +1,12 @@
 //! The contract between `hestner-agent` and `hestner-receiver`.
 //!
 //! Holds the generated messages and stubs ([`v1`]), the names in certificates ([`identity`]), the join
-//! token ([`token`]) and the words with a closed list ([`words`]). It imports nothing of the agent or the
+//! token ([`token`]), the hash ([`sha256`]) and the words with a closed list ([`words`]). It imports nothing of the agent or the
 //! receiver, does no I/O and reads no clock: whatever both ends must agree on stands here once, and
 //! nothing else does.
 
 pub mod identity;
+pub mod sha256;
 pub mod token;
 pub mod words;
 
@@ -24,9 +25,3 @@ pub const MESSAGE_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// Largest number of reports that an agent sends ahead of their acknowledgement.
 pub const REPORTS_IN_FLIGHT_MAX: usize = 64;
-
-/// SHA-256 as lower-case hex.
-pub fn sha256_hex(bytes: &[u8]) -> String {
-    use sha2::Digest as _;
-    hex::encode(sha2::Sha256::digest(bytes))
-}

@@ -3,7 +3,7 @@
 //! A key reads `hsk_<id>_<48 hex digits>`. It is stored as a hash, compared in constant time, and bound to
 //! one company or to all. There is one decision here, [`Caller::may_see`], and its default is no.
 
-use hestner_proto::sha256_hex;
+use hestner_proto::sha256;
 use subtle::ConstantTimeEq as _;
 
 use crate::model::{Actor, CompanyId, Scope};
@@ -77,7 +77,7 @@ impl Auth {
     pub async fn authenticate(&self, shown: Option<&str>) -> Result<Caller, Error> {
         let (key_id, secret) = parse(shown.ok_or(Error::Missing)?).ok_or(Error::Invalid)?;
         let row = self.store.api_key(key_id).await?.ok_or(Error::Invalid)?;
-        let same = sha256_hex(secret.as_bytes()).as_bytes().ct_eq(row.secret_sha256.as_bytes());
+        let same = sha256::hex(secret.as_bytes()).as_bytes().ct_eq(row.secret_sha256.as_bytes());
         if bool::from(same) { Ok(Caller { key_id, scope: row.scope }) } else { Err(Error::Invalid) }
     }
 
@@ -88,7 +88,7 @@ impl Auth {
     pub async fn create(&self, actor: Actor, scope: Scope, label: &str, now_ms: i64) -> Result<NewKey, Error> {
         let secret = random::secret_hex()?;
         let mut change = self.store.change(actor, now_ms).await?;
-        let id = change.add_api_key(scope, label, &sha256_hex(secret.as_bytes()), now_ms).await?;
+        let id = change.add_api_key(scope, label, &sha256::hex(secret.as_bytes()), now_ms).await?;
         let company = match scope {
             Scope::All => None,
             Scope::Company(id) => Some(id),

@@ -132,7 +132,7 @@ fn fuzz(name: &str, mib_max: u64, samples: &[Vec<u8>], parse: impl Fn(&[u8])) {
 }
 
 fn cipher() -> Cipher {
-    Cipher::new(&[5; KEY_BYTES])
+    Cipher::new(&[5; KEY_BYTES]).unwrap()
 }
 
 fn node(kind: NodeKind) -> Node {
@@ -193,11 +193,11 @@ fn pack_headers() {
     let cipher = cipher();
     let blob = |kind, raw_length| PackedBlob { kind, id: Id::of(b"b"), offset: 0, length: 50, raw_length };
     let blobs = [blob(BlobKind::Data, None), blob(BlobKind::Tree, Some(9)), blob(BlobKind::Data, Some(70))];
-    let footer = pack::footer(&cipher, &[1; NONCE_BYTES], &blobs);
+    let footer = pack::footer(&cipher, &[1; NONCE_BYTES], &blobs).unwrap();
     let sealed = footer[..footer.len() - pack::LENGTH_BYTES].to_vec();
     let plain = cipher.open("x", sealed).unwrap();
     fuzz("pack header", 16, &[plain], |input| {
-        let sealed = cipher.seal(&[2; NONCE_BYTES], input);
+        let sealed = cipher.seal(&[2; NONCE_BYTES], input).unwrap();
         let bytes = 150 + sealed.len() as u64 + 4;
         if let Ok(blobs) = pack::parse(&cipher, sealed, bytes) {
             assert_eq!(blobs.iter().map(|blob| u64::from(blob.length)).sum::<u64>(), 150);

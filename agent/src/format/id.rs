@@ -6,9 +6,9 @@
 use std::fmt;
 use std::str::FromStr;
 
+use hestner_proto::sha256;
 use serde::de::{Deserialize, Deserializer, Error as _, Visitor};
 use serde::ser::{Serialize, Serializer};
-use sha2::{Digest as _, Sha256};
 
 use super::FormatError;
 
@@ -22,7 +22,7 @@ impl Id {
 
     /// The name of these bytes.
     pub fn of(bytes: &[u8]) -> Self {
-        Self(Sha256::digest(bytes).into())
+        Self(sha256::of(bytes))
     }
 
     /// An id that was made elsewhere.

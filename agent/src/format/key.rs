@@ -63,7 +63,10 @@ impl MasterKey {
     }
 
     /// What encrypts with it.
-    pub fn cipher(&self) -> Cipher {
+    ///
+    /// # Errors
+    /// As [`Cipher::new`].
+    pub fn cipher(&self) -> Result<Cipher, FormatError> {
         Cipher::new(&self.0)
     }
 
@@ -167,7 +170,7 @@ impl KeyFile {
             r: cost.r,
             p: cost.p,
             salt: STANDARD.encode(maker.salt),
-            data: STANDARD.encode(cipher.seal(&maker.nonce, &master.to_json()?)),
+            data: STANDARD.encode(cipher.seal(&maker.nonce, &master.to_json()?)?),
         })
     }
 
@@ -211,7 +214,7 @@ fn derive(password: &[u8], salt: &[u8], cost: Cost) -> Result<Cipher, FormatErro
         .map_err(|_| FormatError::damaged(WHAT, "scrypt does not take its parameters"))?;
     let mut key = Zeroizing::new([0_u8; KEY_BYTES]);
     scrypt::scrypt(password, salt, &params, key.as_mut_slice()).map_err(|error| FormatError::damaged(WHAT, error))?;
-    Ok(Cipher::new(&key))
+    Cipher::new(&key)
 }
 
 #[cfg(test)]

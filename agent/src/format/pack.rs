@@ -31,7 +31,10 @@ pub struct PackedBlob {
 }
 
 /// The end of a pack that holds `blobs`: the sealed header and its length.
-pub fn footer(cipher: &Cipher, nonce: &[u8; NONCE_BYTES], blobs: &[PackedBlob]) -> Vec<u8> {
+///
+/// # Errors
+/// As [`Cipher::seal`].
+pub fn footer(cipher: &Cipher, nonce: &[u8; NONCE_BYTES], blobs: &[PackedBlob]) -> Result<Vec<u8>, FormatError> {
     let mut plain = Vec::with_capacity(blobs.len() * 41);
     for blob in blobs {
         let kind = match blob.kind {
@@ -45,10 +48,10 @@ pub fn footer(cipher: &Cipher, nonce: &[u8; NONCE_BYTES], blobs: &[PackedBlob]) 
         }
         plain.extend_from_slice(blob.id.as_bytes());
     }
-    let mut sealed = cipher.seal(nonce, &plain);
+    let mut sealed = cipher.seal(nonce, &plain)?;
     let length = u32::try_from(sealed.len()).unwrap_or(u32::MAX);
     sealed.extend_from_slice(&length.to_le_bytes());
-    sealed
+    Ok(sealed)
 }
 
 /// How long the sealed header is, from a pack's last four bytes.
@@ -128,8 +131,8 @@ mod tests {
 
     #[test]
     fn header_reads_back() {
-        let cipher = Cipher::new(&[5; KEY_BYTES]);
-        let footer = footer(&cipher, &[1; 16], &blobs());
+        let cipher = Cipher::new(&[5; KEY_BYTES]).unwrap();
+        let footer = footer(&cipher, &[1; 16], &blobs()).unwrap();
         let (header, last) = footer.split_last_chunk::<4>().unwrap();
         let pack_bytes = 250 + footer.len() as u64;
         assert_eq!(header_length(*last, pack_bytes).unwrap() as usize, header.len());

@@ -10,7 +10,7 @@
 
 use std::path::Path;
 
-use hestner_proto::sha256_hex;
+use hestner_proto::sha256;
 
 use zeroize::Zeroizing;
 
@@ -130,7 +130,7 @@ fn wrap(password: &[u8], recipient: &str) -> Result<Vec<u8>, RepositoryError> {
         recipient.parse().map_err(|error: &str| RepositoryError::RecoveryKey(error.to_owned()))?;
     age::encrypt(&recipient, password).map_err(|error| {
         // The error could hold no secret, but nothing says so; its hash tells two errors apart.
-        RepositoryError::RecoveryKey(format!("encryption failed ({})", &sha256_hex(error.to_string().as_bytes())[..8]))
+        RepositoryError::RecoveryKey(format!("encryption failed ({})", &sha256::hex(error.to_string().as_bytes())[..8]))
     })
 }
 

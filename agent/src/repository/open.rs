@@ -165,8 +165,8 @@ impl Archive {
             None => new_key(storage.as_ref(), password, cost, who, clock)?,
         };
         let config = Config::make(random()?, || random().map(u64::from_le_bytes))?;
-        let cipher = Arc::new(master.cipher());
-        let sealed = cipher.seal(&random()?, &config.to_bytes()?);
+        let cipher = Arc::new(master.cipher()?);
+        let sealed = cipher.seal(&random()?, &config.to_bytes()?)?;
         storage.put(&Object::new(Kind::Config, "config"), &sealed)?;
         Ok(Self { storage, cipher, config })
     }
@@ -246,7 +246,7 @@ impl Archive {
 
     fn seal_file(&self, kind: Kind, plain: &[u8]) -> Result<(Object, Vec<u8>), ArchiveError> {
         let nonce: [u8; NONCE_BYTES] = random()?;
-        let sealed = self.cipher.seal(&nonce, &wrap_file(plain)?);
+        let sealed = self.cipher.seal(&nonce, &wrap_file(plain)?)?;
         Ok((Object::new(kind, Id::of(&sealed).to_hex()), sealed))
     }
 
@@ -388,7 +388,7 @@ fn unlock(storage: &dyn Storage, password: &[u8], sealed: &[u8]) -> Result<(Ciph
                 continue;
             }
         };
-        let cipher = key.cipher();
+        let cipher = key.cipher()?;
         match cipher.open("config", sealed.to_vec()).and_then(|plain| Config::parse(&plain)) {
             Ok(config) => return Ok((cipher, config)),
             // This says more than a key file that is damaged.

@@ -9,8 +9,7 @@ use chrono::{DateTime, Utc};
 use hestner_proto::v1::agents_client::AgentsClient;
 use hestner_proto::v1::from_agent::Body as Ours;
 use hestner_proto::v1::from_receiver::Body as Theirs;
-use hestner_proto::{MESSAGE_BYTES_MAX, PROTOCOL, REPORTS_IN_FLIGHT_MAX, v1};
-use sha2::{Digest as _, Sha256};
+use hestner_proto::{MESSAGE_BYTES_MAX, PROTOCOL, REPORTS_IN_FLIGHT_MAX, sha256, v1};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 use tokio_stream::wrappers::ReceiverStream;
@@ -186,7 +185,7 @@ impl<'a> Stream<'a> {
                 let envelope = v1::Envelope {
                     epoch: self.session.store.epoch().to_owned(),
                     seq: entry.seq,
-                    sha256: Sha256::digest(&entry.body).to_vec(),
+                    sha256: sha256::of(&entry.body).to_vec(),
                     body: entry.body,
                 };
                 self.sent = entry.seq;

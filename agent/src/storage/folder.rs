@@ -18,10 +18,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use hestner_proto::sha256::Hasher;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, PosixFadviseAdvice, RenameFlags, posix_fadvise, renameat2};
 use nix::unistd::linkat;
-use sha2::{Digest as _, Sha256};
 
 use super::{Kind, Object, Seen, Storage, StorageError, failed, too_short};
 use crate::platform::backoff::random_u64;
@@ -271,7 +271,7 @@ fn open(path: &Path) -> io::Result<File> {
 
 /// Reads a file piece by piece, and no further than one byte past the bound.
 fn see(mut file: &File, bytes_max: u64) -> io::Result<Seen> {
-    let (mut hasher, mut bytes, mut piece) = (Sha256::new(), 0, vec![0; PIECE_BYTES]);
+    let (mut hasher, mut bytes, mut piece) = (Hasher::default(), 0, vec![0; PIECE_BYTES]);
     while bytes <= bytes_max {
         match file.read(&mut piece) {
             Ok(0) => break,
@@ -283,7 +283,7 @@ fn see(mut file: &File, bytes_max: u64) -> io::Result<Seen> {
             Err(error) => return Err(error),
         }
     }
-    Ok(Seen { bytes, sha256: hasher.finalize().into() })
+    Ok(Seen { bytes, sha256: hasher.finish() })
 }
 
 fn unfinished(path: &Path) -> io::Result<PathBuf> {

@@ -17,7 +17,7 @@ mod transport;
 
 use std::fmt;
 
-use sha2::{Digest as _, Sha256};
+use hestner_proto::sha256;
 
 pub use folder::Folder;
 pub use retry::Limits;
@@ -178,7 +178,7 @@ pub struct Seen {
 
 impl Seen {
     fn of(bytes: &[u8]) -> Self {
-        Self { bytes: bytes.len() as u64, sha256: Sha256::digest(bytes).into() }
+        Self { bytes: bytes.len() as u64, sha256: sha256::of(bytes) }
     }
 }
 

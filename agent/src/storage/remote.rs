@@ -8,7 +8,7 @@ use std::fmt;
 use std::io;
 
 use bytes::Bytes;
-use sha2::{Digest as _, Sha256};
+use hestner_proto::sha256::Hasher;
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::{Semaphore, oneshot};
 
@@ -126,13 +126,13 @@ impl<S: Server> Storage for Remote<S> {
         if bytes > bytes_max {
             return Err(StorageError::TooBig { object: object.clone(), bytes, bytes_max });
         }
-        let (mut hasher, mut offset) = (Sha256::new(), 0);
+        let (mut hasher, mut offset) = (Hasher::default(), 0);
         while offset < bytes {
             let length = READ_BYTES.min(bytes - offset);
-            hasher.update(self.get_range(object, offset, length)?);
+            hasher.update(&self.get_range(object, offset, length)?);
             offset += length;
         }
-        Ok(Seen { bytes, sha256: hasher.finalize().into() })
+        Ok(Seen { bytes, sha256: hasher.finish() })
     }
 
     fn get_range(&self, object: &Object, offset: u64, length: u64) -> Result<Vec<u8>, StorageError> {

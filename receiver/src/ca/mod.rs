@@ -192,13 +192,13 @@ impl ProvenKey {
         request.verify_signature().map_err(|_| Error::BadRequest("its signature does not fit its key"))?;
         let der = request.certification_request_info.subject_pki.raw.to_vec();
         SubjectPublicKeyInfo::from_der(&der).map_err(|_| Error::BadRequest("keys of its kind are not signed"))?;
-        Ok(Self { sha256: hestner_proto::sha256_hex(&der), der })
+        Ok(Self { sha256: hestner_proto::sha256::hex(&der), der })
     }
 }
 
 fn key_name(key: &KeyPair) -> String {
     use rcgen::PublicKeyData as _;
-    hestner_proto::sha256_hex(&key.subject_public_key_info())
+    hestner_proto::sha256::hex(&key.subject_public_key_info())
 }
 
 fn seconds(life: Duration) -> i64 {

@@ -22,7 +22,7 @@ pub struct PeerIdentity {
 /// Name of a certificate's key; none if it cannot be read.
 pub(super) fn spki_sha256(der: &[u8]) -> Option<String> {
     let (_, parsed) = x509_parser::parse_x509_certificate(der).ok()?;
-    Some(hestner_proto::sha256_hex(parsed.public_key().raw))
+    Some(hestner_proto::sha256::hex(parsed.public_key().raw))
 }
 
 /// Reads the agent's name from its certificate.
@@ -44,7 +44,7 @@ pub fn read_peer(der: &[u8], trust_domain: &str) -> Result<PeerIdentity, Error> 
     }
     Ok(PeerIdentity {
         agent,
-        spki_sha256: hestner_proto::sha256_hex(parsed.public_key().raw),
+        spki_sha256: hestner_proto::sha256::hex(parsed.public_key().raw),
         not_after_ms: parsed.validity().not_after.timestamp().saturating_mul(1000),
     })
 }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hestner_proto::identity::AgentId;
-use hestner_proto::sha256_hex;
+use hestner_proto::sha256;
 use hestner_proto::token::{JoinToken, SECRET_DIGITS};
 use serde::Deserialize;
 use subtle::ConstantTimeEq as _;
@@ -213,7 +213,7 @@ impl Enrolment {
             let standing = change.standing(server).await?.filter(|standing| standing.company == company);
             standing.ok_or(Error::NoSuch("server of the company"))?;
         }
-        let id = change.add_token(company, server, &sha256_hex(secret.as_bytes()), now_ms, expires_at_ms).await?;
+        let id = change.add_token(company, server, &sha256::hex(secret.as_bytes()), now_ms, expires_at_ms).await?;
         let details = serde_json::json!({ "expires_at_ms": expires_at_ms, "server": server });
         change.commit(Some(company), "token_created", format!("token:{id}"), details).await?;
         let token = JoinToken { id, secret, ca_pin: self.authority.pin().to_owned() };
@@ -336,7 +336,7 @@ fn has_key(standing: &Standing, key: &ProvenKey) -> bool {
 }
 
 fn check_secret(token: &TokenRow, secret: &str) -> Result<(), Error> {
-    let same = sha256_hex(secret.as_bytes()).as_bytes().ct_eq(token.secret_sha256.as_bytes());
+    let same = sha256::hex(secret.as_bytes()).as_bytes().ct_eq(token.secret_sha256.as_bytes());
     if bool::from(same) { Ok(()) } else { Err(Error::TokenUnknown) }
 }
 

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use hestner_proto::words::Verb;
-use hestner_proto::{sha256_hex, v1};
+use hestner_proto::{sha256, v1};
 
 use super::{Error, Fleet};
 use crate::auth::Caller;
@@ -54,7 +54,7 @@ impl Fleet {
         let company = self.visible(caller, server).await?;
         check_request(request)?;
         let now_ms = self.clock.now_ms();
-        let body = sha256_hex(format!("{:?} {:?}", request.service, request.expires_in).as_bytes());
+        let body = sha256::hex(format!("{:?} {:?}", request.service, request.expires_in).as_bytes());
         let mut change = self.store.change(caller.actor(), now_ms).await?;
         if let Some(key) = &request.idempotency_key
             && let Some((run_id, known)) = change.run_of_key(server, key, now_ms - IDEMPOTENCY_KEPT_MS).await?

@@ -57,7 +57,7 @@ fn hash(
     details: &str,
 ) -> String {
     let text = serde_json::json!([previous, at_ms, actor, company, action, subject, details]).to_string();
-    hestner_proto::sha256_hex(text.as_bytes())
+    hestner_proto::sha256::hex(text.as_bytes())
 }
 
 impl Tx {

@@ -58,7 +58,7 @@ fn kept(row: &SqliteRow) -> KeptKey {
         repository_id: row.get("repository_id"),
         destination: row.get("destination"),
         form: if wrapped.is_some() { "wrapped" } else { "open" },
-        sha256: wrapped.as_deref().map(hestner_proto::sha256_hex),
+        sha256: wrapped.as_deref().map(hestner_proto::sha256::hex),
         wrapped: wrapped.map(|bytes| base64::engine::general_purpose::STANDARD.encode(bytes)),
         received_at: times::rfc3339(row.get("received_at_ms")),
     }

@@ -254,7 +254,7 @@ impl Line {
 
     pub(crate) async fn report(&self, seq: u64, body: v1::report::Body) {
         let body = v1::Report { recorded_at_ms: 1, body: Some(body) }.encode_to_vec();
-        let sha256 = hex::decode(hestner_proto::sha256_hex(&body)).expect("hex");
+        let sha256 = hex::decode(hestner_proto::sha256::hex(&body)).expect("hex");
         self.send(v1::from_agent::Body::Report(v1::Envelope { epoch: "e".into(), seq, sha256, body })).await;
     }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use sha2::{Digest as _, Sha256};
+use hestner_proto::sha256::Hasher;
 
 use super::super::index::Location;
 use super::super::open::{Archive, ArchiveError, PackEnd};
@@ -87,7 +87,7 @@ fn pack_at(archive: &Archive, packs: &Packs, id: &Id, bytes: u64) -> Result<(), 
     if packs.get(id).is_none_or(|expected| expected.entries != digest(&blobs)) {
         return Err(damaged("its header is not what the index says of it"));
     }
-    let mut hasher = Sha256::new();
+    let mut hasher = Hasher::default();
     let mut rest = blobs.as_slice();
     while let Some(first) = rest.first() {
         let group = group(rest);
@@ -105,8 +105,8 @@ fn pack_at(archive: &Archive, packs: &Packs, id: &Id, bytes: u64) -> Result<(), 
         rest = later;
     }
     hasher.update(&header);
-    hasher.update(last);
-    match Id::from_bytes(hasher.finalize().into()) == *id {
+    hasher.update(&last);
+    match Id::from_bytes(hasher.finish()) == *id {
         true => Ok(()),
         false => Err(damaged("its hash is not its name")),
     }

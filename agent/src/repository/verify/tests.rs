@@ -121,12 +121,12 @@ fn plant(stock: &Stock, trees: &[Vec<u8>]) {
     let archive = stock.open();
     let (mut bytes, mut blobs) = (Vec::new(), Vec::new());
     for tree in trees {
-        let sealed = archive.cipher().seal(&[7; 16], tree);
+        let sealed = archive.cipher().seal(&[7; 16], tree).unwrap();
         let (offset, length) = (bytes.len() as u32, sealed.len() as u32);
         blobs.push(PackedBlob { kind: BlobKind::Tree, id: Id::of(tree), offset, length, raw_length: None });
         bytes.extend_from_slice(&sealed);
     }
-    bytes.extend_from_slice(&footer(archive.cipher(), &[8; 16], &blobs));
+    bytes.extend_from_slice(&footer(archive.cipher(), &[8; 16], &blobs).unwrap());
     let pack = IndexedPack { id: Id::of(&bytes), blobs };
     archive.storage().put(&Object::new(Kind::Pack, pack.id.to_hex()), &bytes).unwrap();
     let index = Index { supersedes: Vec::new(), packs: vec![pack] };

@@ -123,7 +123,7 @@ pub(super) fn upload(pipeline: &Pipeline<'_>, closed: &Receiver<Filled>, empty: 
 
 fn put(pipeline: &Pipeline<'_>, filled: Filled) -> Result<Vec<u8>, ArchiveError> {
     let Filled { mut bytes, blobs } = filled;
-    let end = footer(pipeline.archive.cipher(), &random()?, &blobs);
+    let end = footer(pipeline.archive.cipher(), &random()?, &blobs)?;
     bytes.reserve_exact(end.len());
     bytes.extend_from_slice(&end);
     let id = Id::of(&bytes);

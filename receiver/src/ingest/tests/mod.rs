@@ -126,7 +126,7 @@ fn origin(server: i64) -> Origin {
 
 fn envelope(seq: u64, body: v1::report::Body) -> v1::Envelope {
     let body = v1::Report { recorded_at_ms: 1, body: Some(body) }.encode_to_vec();
-    let sha256 = hex::decode(hestner_proto::sha256_hex(&body)).expect("hex");
+    let sha256 = hex::decode(hestner_proto::sha256::hex(&body)).expect("hex");
     v1::Envelope { epoch: "e".into(), seq, sha256, body }
 }
 
@@ -260,7 +260,7 @@ async fn a_ping_fails_when_nothing_can_be_written() {
 async fn a_body_that_cannot_be_read_is_kept_and_holds_up_nothing_behind_it() {
     let world = World::new().await;
     let garbage = vec![0xff, 0xff];
-    let sha256 = hex::decode(hestner_proto::sha256_hex(&garbage)).expect("hex");
+    let sha256 = hex::decode(hestner_proto::sha256::hex(&garbage)).expect("hex");
     let unreadable = v1::Envelope { epoch: "e".into(), seq: 2, sha256, body: garbage };
     let paused = report(4, run("newer", "paused"));
     assert_eq!(world.acked(1, vec![usage(1), unreadable.clone(), usage(3), paused, usage(5)]).await, 5);
