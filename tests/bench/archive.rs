@@ -3,7 +3,7 @@
 //! Hestner goes its real way: `hestner-agent snapshot` against a connected daemon, through runner and worker, with
 //! the commit gate, every stored byte read back from the disk, and reports to a receiver; so its figures hold what
 //! its promises cost. The others make their repository, back up and restore, and nothing more. Cases: `first` (fresh
-//! repository), `unchanged`, `changed 1%`, `restore` (to an empty folder; what came back is compared by number,
+//! repository), `unchanged`, `changed 1%`, `restore` (to an empty filesystem; what came back is compared by number,
 //! sizes, times and modes).
 
 pub(crate) mod programs;

@@ -10,6 +10,9 @@ use hestner_tests::mounts::Mounted;
 
 /// What stays free on the disk whatever is measured.
 const SPARE_BYTES: u64 = 2_000_000_000;
+/// What a file takes at most beside its bytes: the rest of its last block.
+const BLOCK_BYTES: u64 = 4096;
+const INODE_BYTES: u64 = 256;
 
 /// Says what is missing unless `folder`'s disk has room.
 pub(crate) fn need_room(folder: &Path, what: &str, bytes: u64) -> anyhow::Result<()> {
@@ -27,29 +30,22 @@ pub(crate) fn need_room(folder: &Path, what: &str, bytes: u64) -> anyhow::Result
     Ok(())
 }
 
-/// A folder for many files: on the disk itself, or on a filesystem made for it when the disk has too few inodes.
-pub(crate) struct Roomy {
-    path: PathBuf,
-    _mounted: Option<Mounted>,
-}
+/// An ext4 made anew, so that nobody pays for what another one removed: for minutes ext4 searches past the inodes of
+/// removed files (`recently_deleted` in the kernel's `fs/ext4/ialloc.c`).
+pub(crate) struct Fresh(Mounted);
 
-impl Roomy {
-    /// Room for `files` files of one block each at `path`.
+impl Fresh {
+    /// Mounted at `path`, with room for `files` files that hold `bytes` in all.
     pub(crate) fn new(path: &Path, files: u64, bytes: u64) -> anyhow::Result<Self> {
-        fs::create_dir_all(path)?;
-        let free = nix::sys::statvfs::statvfs(path)?.files_available();
-        // A filesystem that makes inodes as it goes (btrfs, xfs) says 0 or very many.
-        if free == 0 || free > files + files / 10 {
-            return Ok(Self { path: path.to_owned(), _mounted: None });
-        }
-        eprintln!("{free} inodes are free: making a filesystem with more ...");
-        let megabytes = u32::try_from((bytes + files * 512) / 900_000 + 256)?;
-        let mounted = Mounted::ext4_of_many_files(path, megabytes, files + files / 10);
-        Ok(Self { path: path.to_owned(), _mounted: Some(mounted) })
+        // Folders and symlinks are not counted.
+        let inodes = files + files / 4 + 10_000;
+        let megabytes = u32::try_from((bytes + inodes * (BLOCK_BYTES + INODE_BYTES)) / 950_000 + 256)?;
+        Ok(Self(Mounted::ext4_of_many_files(path, megabytes, inodes)))
     }
 
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
+    /// A folder in it that is not there yet.
+    pub(crate) fn tree(&self) -> PathBuf {
+        self.0.path().join("tree")
     }
 }
 

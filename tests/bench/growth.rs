@@ -13,7 +13,7 @@ use hestner_tests::World;
 
 use crate::archive::programs::{self, Hestner, Peer, Program};
 use crate::archive::turns::{Case, Measured, Round};
-use crate::disk::{self, Roomy};
+use crate::disk::{self, Fresh};
 use crate::generate;
 use crate::output::{Bench, Figure, Row, markdown};
 use crate::page;
@@ -57,8 +57,8 @@ pub(crate) fn restore_bounded(files: u64, rss_max_mb: u64) -> anyhow::Result<Ben
 fn one(files: u64, with_peers: bool, cases: &[Case]) -> anyhow::Result<Measured> {
     let world = World::unhurried(&format!("bench-growth-{files}"));
     disk::need_room(world.path(), &format!("{files} files"), files * BYTES_A_FILE)?;
-    let room = Roomy::new(&world.at("room"), files * 2 + files / 20, files * BYTES_A_FILE)?;
-    let tree = room.path().join("tree");
+    let source = Fresh::new(&world.at("source"), files, files * SIZES.end)?;
+    let tree = source.tree();
     eprintln!("making {files} files ...");
     generate::small_files(&tree, files, SIZES)?;
     let agent = programs::agent(&world, &tree, 1);
@@ -68,7 +68,7 @@ fn one(files: u64, with_peers: bool, cases: &[Case]) -> anyhow::Result<Measured>
         programs.push(Box::new(Peer::restic(&world, 1)));
         programs.push(Box::new(Peer::borg(&world, 1)));
     }
-    let round = Round { tree: &tree, restored: room.path().join("restored"), number: 1, cases };
+    let round = Round { tree: &tree, restored: world.at("restored"), number: 1, cases };
     round.run(&mut programs, || Ok(()), &mut measured)?;
     Ok(measured)
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::ensure;
 
 use super::programs::Program;
-use crate::disk;
+use crate::disk::{self, Fresh};
 use crate::measure::Cost;
 use crate::output::{Figure, Row};
 
@@ -20,7 +20,7 @@ pub(crate) enum Case {
     Unchanged,
     /// Again, and one hundredth has.
     Changed,
-    /// The newest backup to an empty folder.
+    /// The newest backup to an empty filesystem.
     Restore,
 }
 
@@ -90,7 +90,7 @@ impl Measured {
 /// What a round is about.
 pub(crate) struct Round<'r> {
     pub(crate) tree: &'r Path,
-    /// Where restores go.
+    /// Where a filesystem for each restore is mounted.
     pub(crate) restored: PathBuf,
     pub(crate) number: u32,
     pub(crate) cases: &'r [Case],
@@ -133,14 +133,14 @@ impl Round<'_> {
     fn one(&self, case: Case, program: &mut dyn Program) -> anyhow::Result<Spent> {
         let before = disk::bytes(&program.repository())?;
         if case == Case::Restore {
-            fs::create_dir_all(&self.restored)?;
+            let there = disk::holds(self.tree)?;
+            let fresh = Fresh::new(&self.restored, there.files, there.bytes)?;
+            fs::create_dir(fresh.tree())?;
             disk::warm(&program.repository())?;
             disk::settle();
-            let cost = program.restore(&self.restored);
-            let back = hestner_tests::tree::restored(&self.restored, self.tree);
-            let (there, back) = (disk::holds(self.tree)?, disk::holds(&back)?);
+            let cost = program.restore(&fresh.tree());
+            let back = disk::holds(&hestner_tests::tree::restored(&fresh.tree(), self.tree))?;
             ensure!(there == back, "{} restored {back:?} of {there:?}", program.name());
-            fs::remove_dir_all(&self.restored)?;
             return Ok(Spent { cost, stored: 0 });
         }
         disk::warm(self.tree)?;
