@@ -8,7 +8,8 @@ use hestner_tests::booted::Hierarchy;
 use hestner_tests::cgroups::controller_root;
 use hestner_tests::processes::{self, Process};
 use hestner_tests::units::{Unit, Units};
-use hestner_tests::{Agent, AgentBuilder, Cmd, Hook, Service, World, files, is_root_or_skips, wait_for, wait_until};
+use hestner_tests::{Agent, AgentBuilder, Cmd, Hook, Moment, Service, World, files, is_root_or_skips};
+use hestner_tests::{wait_for, wait_until};
 use serde_json::json;
 
 const WITHIN: Duration = Duration::from_secs(60);
@@ -271,10 +272,11 @@ fn worker_without_memory_ends_its_run_by_name_and_nothing_else() {
 #[test]
 fn run_in_the_making_has_a_rate_a_whole_and_an_estimate() {
     let world = World::new("effort-progress");
-    let source = world.bulky_source("source", 64 << 20);
+    let source = world.bulky_source("source", 128 << 20);
     files::small_tree(&source, 40, 2_000);
-    let service = Service::files("docs", [&source]).worker_line("compression_level = 19").worker_line("threads = 1");
-    let agent = world.agent().allowed(service).started();
+    let agent = world.agent().allowed(Service::files("docs", [&source])).started();
+    let archiver = agent.archiver();
+    archiver.hold_at(Moment::Pack(2));
     let run = agent.command(&["snapshot", "docs"]).start();
     let path = format!("/v1/servers/{}/snapshots", agent.server_id);
     let progress = wait_for("progress with all of it", WITHIN, || {
@@ -284,7 +286,8 @@ fn run_in_the_making_has_a_rate_a_whole_and_an_estimate() {
     });
     assert_eq!(progress["files_total"], 41, "{progress}");
     let (done, total) = (progress["bytes_done"].as_u64(), progress["bytes_total"].as_u64());
-    assert!(total > Some(64 << 20) && done < total && progress["bytes_per_second"].as_u64() > Some(0), "{progress}");
+    assert!(total > Some(128 << 20) && done < total && progress["bytes_per_second"].as_u64() > Some(0), "{progress}");
+    archiver.go_on();
     let ended = run.ended();
     assert_eq!(ended.code, Some(0), "{ended}");
     let phases: Vec<&str> = ended.stderr.lines().filter_map(|line| line.split_whitespace().next()).collect();
