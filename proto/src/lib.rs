@@ -1,7 +1,7 @@
 //! The contract between `hestner-agent` and `hestner-receiver`.
 //!
 //! Holds the generated messages and stubs ([`v1`]), the names in certificates ([`identity`]), the join
-//! token ([`token`]), the hash ([`sha256`]) and the words with a closed list ([`words`]). It imports nothing of the agent or the
+//! token ([`token`]), the hash that reports, keys and stored objects are named by ([`sha256`]) and the words with a closed list ([`words`]). It imports nothing of the agent or the
 //! receiver, does no I/O and reads no clock: whatever both ends must agree on stands here once, and
 //! nothing else does.
 

@@ -3,11 +3,9 @@
 
 use aws_lc_rs::digest::{Context, Digest, SHA256};
 
-/// Bytes of a hash.
-pub const BYTES: usize = 32;
+const BYTES: usize = 32;
 
 /// The hash of bytes that come in pieces.
-#[derive(Clone)]
 pub struct Hasher(Context);
 
 impl std::fmt::Debug for Hasher {

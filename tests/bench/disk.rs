@@ -10,7 +10,7 @@ use hestner_tests::mounts::Mounted;
 
 /// What stays free on the disk whatever is measured.
 const SPARE_BYTES: u64 = 2_000_000_000;
-/// What a file takes at most beside its bytes: the rest of its last block.
+/// What a file takes at most beside its bytes: the rest of its last block, and an inode.
 const BLOCK_BYTES: u64 = 4096;
 const INODE_BYTES: u64 = 256;
 
@@ -43,7 +43,7 @@ impl Fresh {
         Ok(Self(Mounted::ext4_of_many_files(path, megabytes, inodes)))
     }
 
-    /// A folder in it that is not there yet.
+    /// A folder in it, for whoever makes it.
     pub(crate) fn tree(&self) -> PathBuf {
         self.0.path().join("tree")
     }

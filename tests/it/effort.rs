@@ -274,7 +274,7 @@ fn run_in_the_making_has_a_rate_a_whole_and_an_estimate() {
     let world = World::new("effort-progress");
     let source = world.bulky_source("source", 128 << 20);
     files::small_tree(&source, 40, 2_000);
-    let agent = world.agent().allowed(Service::files("docs", [&source])).started();
+    let agent = world.agent().allowed(Service::files("docs", [&source]).worker_line("threads = 1")).started();
     let archiver = agent.archiver();
     archiver.hold_at(Moment::Pack(2));
     let run = agent.command(&["snapshot", "docs"]).start();

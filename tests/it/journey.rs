@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use hestner_tests::{Hook, Moment, Service, World, files, tree, wait_for, wait_until};
+use hestner_tests::restic::FaultyRestic;
+use hestner_tests::{Hook, Moment, Service, World, files, processes, tree, wait_for, wait_until};
 use serde_json::json;
 
 /// A hook program that adds its arguments to a file as one line.
@@ -194,6 +195,36 @@ fn retention_that_fails_leaves_the_run_good_and_is_done_after_the_next_one() {
 }
 
 #[test]
+fn removal_of_data_is_called_off_when_the_agent_is_told_to_stop_and_done_after_the_next_run() {
+    let world = World::new("journey-retention-stops");
+    let folder = world.at("restic");
+    let restic = FaultyRestic::new(&folder);
+    let builder = world.agent().allowed(Service::files("docs", [world.source("source")])).restic(&restic);
+    let mut agent = builder.grant("docs", "prune", "allow").started();
+    keep_two(&world, agent.server_id);
+    let (_, second) = (agent.snapshot_ok("docs"), agent.snapshot_ok("docs"));
+    let asked = "trap 'touch \"$HERE/asked\"; exit 130' INT; touch \"$HERE/pruning\"; while :; do sleep 0.1; done";
+    restic.on("prune", asked);
+    let taking = agent.snapshot_started("docs");
+    wait_until("restic to prune", Duration::from_secs(60), || folder.join("pruning").exists());
+    let runner = agent.wait_part("runner");
+    agent.stop();
+    // One that is killed in the end lives for twenty seconds.
+    wait_until("the runner to end", Duration::from_secs(15), || !processes::is_alive(runner.pid));
+    assert!(folder.join("asked").exists(), "restic was asked to end, so that its lock goes");
+    assert_ne!(taking.ended().code, Some(0), "nobody told it of an end");
+    restic.heal("prune");
+    agent.start();
+    let third = agent.wait_last_run_ended();
+    assert_eq!(third.text("status"), "success", "{third:?}");
+    assert!(third.0["warnings"].to_string().contains("the data of removed artifacts stays"), "{third:?}");
+    agent.assert_repository_holds(&[&second, &third]);
+    let fourth = agent.snapshot_ok("docs");
+    assert_eq!(fourth.0["warnings"], json!([]), "{fourth:?}");
+    agent.assert_repository_holds(&[&third, &fourth]);
+}
+
+#[test]
 fn second_snapshot_of_an_unchanged_tree_stores_next_to_nothing() {
     let world = World::new("journey-unchanged");
     let agent = world.agent().allowed(Service::files("docs", [world.bulky_source("source", 4_000_000)])).started();
@@ -299,7 +330,7 @@ fn progress_of_a_running_archive_is_seen_at_the_centre() {
     for number in 0..120 {
         files::write(source.join(format!("part-{number}.bin")), files::random_bytes(1_000_000));
     }
-    let agent = world.agent().allowed(Service::files("docs", [source])).started();
+    let agent = world.agent().allowed(Service::files("docs", [source]).worker_line("threads = 1")).started();
     let archiver = agent.archiver();
     archiver.hold_at(Moment::Pack(2));
     let snapshot = agent.snapshot_started("docs");

@@ -35,3 +35,4 @@ mod separation;
 mod storage;
 mod storage_faults;
 mod thaw;
+mod verify;

@@ -143,8 +143,9 @@ fn duration(seconds: u32) -> String {
 pub(super) struct ProgressLine {
     is_wanted: bool,
     shown: bool,
-    said: Option<(String, Instant)>,
-    /// What came too soon after the line before.
+    /// The phase, the line and the time of what was said last.
+    said: Option<(String, String, Instant)>,
+    /// What came too soon after that.
     unsaid: Option<String>,
 }
 
@@ -164,13 +165,13 @@ impl ProgressLine {
             self.shown = true;
             return;
         }
-        let is_due = |(phase, at): &(String, Instant)| *phase != far.phase || at.elapsed() >= LINE_PAUSE;
+        let is_due = |(phase, _, at): &(String, String, Instant)| *phase != far.phase || at.elapsed() >= LINE_PAUSE;
         if self.said.as_ref().is_none_or(is_due) {
             eprintln!("{text}");
-            self.said = Some((far.phase.clone(), Instant::now()));
+            self.said = Some((far.phase.clone(), text, Instant::now()));
             self.unsaid = None;
         } else {
-            self.unsaid = Some(text);
+            self.unsaid = self.said.as_ref().is_none_or(|(_, said, _)| *said != text).then_some(text);
         }
     }
 

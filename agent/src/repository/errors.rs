@@ -92,9 +92,11 @@ impl From<RestoreError> for RepositoryError {
 fn archive_class(error: &ArchiveError) -> ErrorClass {
     match error {
         ArchiveError::Storage(StorageError::Full(_)) => ErrorClass::DestinationFull,
-        ArchiveError::Storage(_) | ArchiveError::None(_) | ArchiveError::Exists(_) | ArchiveError::LockLost => {
-            ErrorClass::RepositoryUnavailable
-        }
+        ArchiveError::Storage(_)
+        | ArchiveError::None(_)
+        | ArchiveError::Exists(_)
+        | ArchiveError::TooManyKeys { .. }
+        | ArchiveError::LockLost => ErrorClass::RepositoryUnavailable,
         ArchiveError::WrongPassword(_) => ErrorClass::RepositoryWrongKey,
         ArchiveError::Locked(_) => ErrorClass::RepositoryUnavailable,
         ArchiveError::Unreadable(_) => ErrorClass::SourceUnreadable,

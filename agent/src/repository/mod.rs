@@ -297,13 +297,17 @@ impl Repository {
     }
 
     /// Removes snapshots that retention no longer keeps, and the data that only they used. Returns why that data is
-    /// still there, if it is.
+    /// still there, if it is: also when `cancelled` completes, and restic was asked to end.
     ///
     /// # Errors
     /// When the repository cannot be opened or another user holds it.
-    pub async fn expire(&self, ids: &[String]) -> Result<Option<String>, RepositoryError> {
+    pub async fn expire(
+        &self,
+        ids: &[String],
+        cancelled: impl Future<Output = ()>,
+    ) -> Result<Option<String>, RepositoryError> {
         own::forget(&self.location, ids).await?;
-        let pruned = prune::of_host(&self.location).await;
+        let pruned = prune::of_host(&self.location, cancelled).await;
         Ok(pruned.err().map(|error| format!("the data of removed artifacts stays: {}", chain(&error))))
     }
 

@@ -25,7 +25,7 @@ const FILE_BYTES_MAX: u64 = 256 * 1024 * 1024;
 /// Longest key file and config.
 const SMALL_BYTES_MAX: u64 = 64 * 1024;
 /// How many key files are tried: each costs what scrypt costs.
-const KEYS_MAX: usize = 20;
+pub(super) const KEYS_MAX: usize = 20;
 
 /// An operation on an open repository that failed.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +54,19 @@ pub enum ArchiveError {
     /// No key file opens with the password.
     #[error("the password does not open the repository at {0}")]
     WrongPassword(String),
+    /// There are more key files than are tried, and none of those that were is ours: somebody lays foreign ones there.
+    #[error(
+        "none of the {tried} key files that were tried opens the repository at {place}, which has {keys}: remove those that are not \
+         of this repository, and keep whoever lays them there from it"
+    )]
+    TooManyKeys {
+        /// Where.
+        place: String,
+        /// How many there are.
+        keys: usize,
+        /// How many were tried.
+        tried: usize,
+    },
     /// Somebody else holds it.
     #[error("the repository is locked by {0}")]
     Locked(String),
@@ -377,7 +390,9 @@ fn new_key(
 fn unlock(storage: &dyn Storage, password: &[u8], sealed: &[u8]) -> Result<(Cipher, Config), ArchiveError> {
     let config = Object::new(Kind::Config, "config");
     let mut hindered = None;
-    for (name, _) in storage.list(Kind::Key)?.into_iter().take(KEYS_MAX) {
+    let listed = storage.list(Kind::Key)?;
+    let keys = listed.len();
+    for (name, _) in listed.into_iter().take(KEYS_MAX) {
         let object = Object::new(Kind::Key, name);
         let bytes = storage.get(&object, SMALL_BYTES_MAX)?;
         let key = match KeyFile::parse(&bytes).and_then(|key| key.open(password)) {
@@ -395,5 +410,10 @@ fn unlock(storage: &dyn Storage, password: &[u8], sealed: &[u8]) -> Result<(Ciph
             Err(error) => hindered = Some(unusable(&config)(error)),
         }
     }
-    Err(hindered.unwrap_or_else(|| ArchiveError::WrongPassword(storage.place())))
+    let place = || storage.place();
+    Err(match hindered {
+        _ if keys > KEYS_MAX => ArchiveError::TooManyKeys { place: place(), keys, tried: KEYS_MAX },
+        Some(error) => error,
+        None => ArchiveError::WrongPassword(place()),
+    })
 }

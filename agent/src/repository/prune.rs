@@ -38,8 +38,8 @@ use crate::storage::{Credentials, SSH, StorageError};
 const LOCK_PAUSE: Duration = Duration::from_secs(2);
 /// Longest line of restic's that is looked at.
 const LINE_BYTES_MAX: usize = 1024 * 1024;
-/// How long restic may take to end in good order.
-const CANCEL_GRACE: Duration = Duration::from_secs(30);
+/// How long restic may take to end in good order; a runner that is told to stop waits a little longer.
+const CANCEL_GRACE: Duration = Duration::from_secs(15);
 /// How long `restic version` may take.
 const VERSION_SECONDS: u64 = 15;
 /// Lines of complaints that are kept for a message.
@@ -282,13 +282,13 @@ pub async fn prune(
 }
 
 /// The same on a host that stores there.
-pub(super) async fn of_host(location: &Location) -> Result<(), PruneError> {
+pub(super) async fn of_host(location: &Location, cancelled: impl Future<Output = ()>) -> Result<(), PruneError> {
     let how = How { restic: location.restic.clone(), cache: Some(location.cache.clone()) };
     believe(&how.restic)?;
     let place = Place { destination: location.destination.clone(), repository: location.name() };
     let password = own::password(location)?;
     let lock_wait = Duration::from_secs(location.lock_wait_seconds);
-    prune_with(&place, (&password, lock_wait), &how, std::future::pending(), |_| {}).await
+    prune_with(&place, (&password, lock_wait), &how, cancelled, |_| {}).await
 }
 
 async fn prune_with(

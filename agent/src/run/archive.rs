@@ -76,8 +76,8 @@ impl<'a> Producer<'a> {
     }
 }
 
-/// How a worker's memory is given back. Left alone, glibc takes the biggest piece that was freed (the key's derivation,
-/// 32 MB) as the new bound below which freed memory stays with the process, packs included.
+/// How a worker's memory is given back. Left alone, glibc takes the biggest piece that was freed, such as a pack, for the
+/// size up to which freed memory stays with the process. Another C library does not know the variable.
 const MALLOC: (&str, &str) = ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=262144");
 
 impl Worker {

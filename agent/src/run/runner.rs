@@ -276,7 +276,7 @@ impl Asked {
         alive: &Lock,
         clock: &SharedClock,
         says: &mpsc::Sender<Event>,
-        asker: Asker,
+        mut asker: Asker,
     ) -> Result<Left, Failure> {
         let plan = Plan::make(host, &self.service, &self.verb, &self.run_uid).await?;
         if plan.needs == Needs::Confirmation {
@@ -297,7 +297,7 @@ impl Asked {
         let driver = Driver::new((host, &plan), (folder, alive), SharedClock::clone(clock), says.clone(), record);
         let left = driver.run(asker.reason_to_cancel(host)).await;
         let left = self.commit(host, &plan, folder, alive, left).await;
-        Ok(self.retain(host, &plan, alive, left).await)
+        Ok(self.retain(host, &plan, alive, left, &mut asker).await)
     }
 
     /// An earlier run of the service whose processes still live may be about to release it: in the middle of
@@ -350,10 +350,10 @@ impl Asked {
 
     /// Removes what retention no longer keeps, after the result of a good run is on disk. Whatever becomes
     /// of it, the run stays good.
-    async fn retain(&self, host: &Host, plan: &Plan, alive: &Lock, mut left: Left) -> Left {
+    async fn retain(&self, host: &Host, plan: &Plan, alive: &Lock, mut left: Left, asker: &mut Asker) -> Left {
         let record = &mut left.finished.record;
         let Some(rules) = plan.retention().filter(|_| record.snapshot_id().is_some()) else { return left };
-        match self.expire(host, plan, rules, alive).await {
+        match self.expire(host, plan, rules, alive, asker).await {
             Ok(Expired { runs, repository_bytes, warning }) => {
                 record.expired_runs = runs;
                 record.warnings.extend(warning);
@@ -370,6 +370,7 @@ impl Asked {
         plan: &Plan,
         rules: retention::Rules,
         alive: &Lock,
+        asker: &mut Asker,
     ) -> Result<Expired, Failure> {
         if plan.location.destination.put_only {
             return Ok(Expired::default());
@@ -388,15 +389,22 @@ impl Asked {
         let task = WorkerTask { location: plan.location.clone(), effort: plan.effort.clone(), work };
         let worker = Worker::start(&host.fence, task, alive, None).await?;
         // What is removed has as much time as what is stored: nobody else can run meanwhile.
-        let out_of_time = CancellationToken::new();
+        let stop = CancellationToken::new();
         let ended = {
-            let work = worker.finish(&out_of_time, None, |_| {});
+            let work = worker.finish(&stop, None, |_| {});
             tokio::pin!(work);
-            tokio::select! {
-                ended = &mut work => ended,
-                () = tokio::time::sleep(host.run_time_max) => {
-                    out_of_time.cancel();
-                    work.await
+            let reason = tokio::select! {
+                ended = &mut work => Ok(ended),
+                failure = asker.called_off() => Err(failure.message),
+                () = tokio::time::sleep(host.run_time_max) => Err("it took longer than a run may".to_owned()),
+            };
+            match reason {
+                Ok(ended) => ended,
+                Err(reason) => {
+                    stop.cancel();
+                    let told =
+                        |failure: Failure| Failure { message: format!("{reason}; {}", failure.message), ..failure };
+                    work.await.map_err(told)
                 }
             }
         };
@@ -454,7 +462,8 @@ struct Asker {
 }
 
 impl Asker {
-    async fn reason_to_cancel(mut self, host: &Host) -> Failure {
+    /// Completes when somebody calls the work off.
+    async fn called_off(&mut self) -> Failure {
         let mut byte = [0];
         tokio::select! {
             _ = self.daemon.read(&mut byte) => {
@@ -463,6 +472,13 @@ impl Asker {
             Some(()) = self.told_to_stop.recv() => {
                 Failure::new(ErrorClass::Interrupted, "the runner was told to stop")
             }
+        }
+    }
+
+    /// The same, or when the run has taken as long as it may.
+    async fn reason_to_cancel(&mut self, host: &Host) -> Failure {
+        tokio::select! {
+            failure = self.called_off() => failure,
             failure = time_is_over(host.run_time_max) => failure,
         }
     }

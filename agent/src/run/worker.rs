@@ -67,14 +67,25 @@ pub async fn run(stream: Option<StreamEnds>) -> io::Result<()> {
         }
         Work::Expire { snapshot_ids } => {
             failpoints.begin("expire");
-            let expired = async {
-                failpoints.at("expire").await?;
-                repository.expire(&snapshot_ids).await
-            };
-            removed(&repository, expired.await).await
+            let called_off = async { while receive::<WorkerOrder>(&mut input).await.is_some() {} };
+            removed(&repository, expire(&repository, &failpoints, &snapshot_ids, called_off).await).await
         }
     };
     send(&mut output, &last).await
+}
+
+async fn expire(
+    repository: &Repository,
+    failpoints: &Failpoints,
+    snapshot_ids: &[String],
+    called_off: impl Future<Output = ()>,
+) -> Result<Option<String>, RepositoryError> {
+    tokio::pin!(called_off);
+    tokio::select! {
+        reached = failpoints.at("expire") => reached?,
+        () = &mut called_off => return Err(RepositoryError::Cancelled),
+    }
+    repository.expire(snapshot_ids, called_off).await
 }
 
 /// A backup that goes before others is better than none, so that a kernel or a fence that refuses is only told.

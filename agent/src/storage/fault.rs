@@ -1,4 +1,5 @@
-//! A place that fails, hangs or panics at a chosen call, for tests: around any other place.
+//! Places that fail, for tests, around any other place: at a chosen call ([`Faulty`]), or by what they allow
+//! (`Denying`).
 //!
 //! Calls are counted from 1, whatever they are. A call that fails can do so before or after its work, as a lost
 //! answer would. Never part of a run.

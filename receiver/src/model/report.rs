@@ -141,7 +141,7 @@ pub struct BadReport {
 
 /// SHA-256 as 32 bytes.
 fn sha256(bytes: &[u8]) -> Vec<u8> {
-    hex::decode(hestner_proto::sha256::hex(bytes)).unwrap_or_default()
+    hestner_proto::sha256::of(bytes).to_vec()
 }
 
 impl NumberedReport {

@@ -90,9 +90,9 @@ pub(super) fn commit(
 fn all_there(archive: &Archive, objects: &[(Object, u64)]) -> Result<u64, ArchiveError> {
     let mut there = HashMap::new();
     for kind in place::STORED {
-        there.extend(archive.storage().list(kind)?);
+        there.extend(archive.storage().list(kind)?.into_iter().map(|(name, bytes)| (Object::new(kind, name), bytes)));
     }
-    match objects.iter().find(|(object, bytes)| there.get(&object.name) != Some(bytes)) {
+    match objects.iter().find(|(object, bytes)| there.get(object) != Some(bytes)) {
         None => Ok(there.values().sum()),
         Some((object, _)) => Err(ArchiveError::Broken(format!("{object} was stored and is gone"))),
     }

@@ -10,7 +10,7 @@ use crate::format::key::Cost;
 use crate::platform::clock::SystemClock;
 use crate::storage::{Folder, Kind, Object, Storage as _};
 
-use super::super::super::open::{Archive, ArchiveError, Who};
+use super::super::super::open::{Archive, ArchiveError, KEYS_MAX, Who};
 use super::super::super::restore::{self, DEPTH_MAX, Reader};
 use super::fixtures::{Place, put_file};
 
@@ -69,6 +69,33 @@ fn source_that_needs_more_descriptors_than_there_are_is_an_error() {
     assert!(place.folder().list(Kind::Lock).unwrap().is_empty());
 }
 
+/// The key file of a repository that was made elsewhere with the same password.
+fn foreign_key() -> (Object, Vec<u8>) {
+    let other = tempfile::tempdir().unwrap();
+    let storage = std::sync::Arc::new(Folder::open(other.path()).unwrap());
+    let cost = Cost { log_n: 10, r: 8, p: 1 };
+    Archive::make(storage.clone(), b"secret", cost, &Who::this_process(), &SystemClock).unwrap();
+    let (name, _) = storage.list(Kind::Key).unwrap().remove(0);
+    let key = Object::new(Kind::Key, name);
+    let bytes = storage.get(&key, 10_000).unwrap();
+    (key, bytes)
+}
+
+#[test]
+fn flood_of_foreign_key_files_is_named_where_it_hides_ours() {
+    let place = Place::new();
+    place.store().unwrap();
+    let ours = place.folder().list(Kind::Key).unwrap().remove(0).0;
+    place.folder().remove(&Object::new(Kind::Key, ours)).unwrap();
+    for _ in 0..=KEYS_MAX {
+        let (key, bytes) = foreign_key();
+        place.folder().put(&key, &bytes).unwrap();
+    }
+    let refused = place.open_with(b"secret").unwrap_err().to_string();
+    assert!(refused.contains(&format!("none of the {KEYS_MAX} key files")), "{refused}");
+    assert!(refused.contains(&format!("which has {}", KEYS_MAX + 1)), "{refused}");
+}
+
 #[test]
 fn key_file_of_another_repository_with_the_same_password_does_not_hide_ours() {
     let place = Place::new();
@@ -76,13 +103,8 @@ fn key_file_of_another_repository_with_the_same_password_does_not_hide_ours() {
     place.store().unwrap();
     // Whichever is listed first, some come before ours.
     for _ in 0..6 {
-        let other = tempfile::tempdir().unwrap();
-        let storage = std::sync::Arc::new(Folder::open(other.path()).unwrap());
-        let cost = Cost { log_n: 10, r: 8, p: 1 };
-        Archive::make(storage.clone(), b"secret", cost, &Who::this_process(), &SystemClock).unwrap();
-        let (name, _) = storage.list(Kind::Key).unwrap().remove(0);
-        let key = Object::new(Kind::Key, name);
-        place.folder().put(&key, &storage.get(&key, 10_000).unwrap()).unwrap();
+        let (key, bytes) = foreign_key();
+        place.folder().put(&key, &bytes).unwrap();
     }
     place.store().unwrap();
     assert!(matches!(place.open_with(b"guess"), Err(ArchiveError::WrongPassword(_))));

@@ -8,6 +8,7 @@ use crate::format::lock::Lock;
 use crate::storage::{Kind, Storage as _};
 
 use super::super::super::open::{Archive, ArchiveError, Who, timestamp};
+use super::super::super::place::stored_bytes;
 use super::super::{Cancel, Counters, Files, Options, Source};
 use super::fixtures::{Place, added, clock, noise, put_file, store};
 
@@ -48,6 +49,16 @@ fn pack_that_does_not_read_back_is_not_taken_for_stored_by_anybody() {
     let stored = place.store().unwrap();
     assert!(added(&stored) > 1 << 20, "the damaged pack counts as stored");
     place.check();
+}
+
+#[test]
+fn what_the_repository_holds_after_a_store_is_what_lies_there() {
+    let place = Place::new();
+    for number in 0..3 {
+        put_file(&place.source().join(format!("file{number}")), &noise(100_000, number));
+        let stored = place.store().unwrap();
+        assert_eq!(stored.repository_bytes, stored_bytes(&place.folder()).unwrap());
+    }
 }
 
 #[test]
