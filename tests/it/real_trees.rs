@@ -200,13 +200,14 @@ fn copy_of_the_registry(to: &Path) -> PathBuf {
     let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
     let home = home.unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cargo"));
     let registry = home.join("registry/src");
-    let mut indexes: Vec<PathBuf> = fs::read_dir(&registry)
-        .unwrap_or_else(|e| panic!("{}: {e}", registry.display()))
-        .map(|index| index.expect("an entry").path())
-        .collect();
+    let inside = |folder: &Path| -> Vec<PathBuf> {
+        let entries = fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+        entries.map(|entry| entry.expect("an entry").path()).collect()
+    };
+    let mut indexes = inside(&registry);
     indexes.sort();
     let chosen = match is_whole_wanted() {
-        true => indexes,
+        true => indexes.iter().flat_map(|index| inside(index)).collect(),
         false => part_of(&indexes.iter().map(PathBuf::as_path).collect::<Vec<_>>()),
     };
     fs::create_dir_all(to).expect("a folder");
