@@ -42,7 +42,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// First, unchanged and 1 %-changed backup and restore; Hestner, stock restic and borg in turns
+    /// First, unchanged and 1 %-changed backup and restore; Hestner, stock restic and borg in turns; needs root
     Archive {
         /// A tree of your own instead of the built-in ones; it is copied first and never changed
         #[arg(conflicts_with = "tree")]
@@ -66,7 +66,7 @@ enum Verb {
         #[arg(long, default_value = "", hide_default_value = true)]
         only: String,
     },
-    /// First and unchanged backup and restore as the number of files grows
+    /// First and unchanged backup and restore as the number of files grows; needs root
     Growth {
         /// Numbers of files
         #[arg(long, value_delimiter = ',', default_values_t = [10_000, 100_000, 1_000_000, 2_000_000])]
@@ -78,7 +78,7 @@ enum Verb {
         #[arg(long)]
         docs: bool,
     },
-    /// Restores many files, and fails when that takes more memory than it may
+    /// Restores many files, and fails when that takes more memory than it may; needs root
     RestoreMillion {
         /// How many
         #[arg(long, default_value_t = 1_000_000)]

@@ -388,11 +388,11 @@ impl Asked {
         let work = Work::Expire { snapshot_ids: gone.iter().map(|c| c.snapshot_id.clone()).collect() };
         let task = WorkerTask { location: plan.location.clone(), effort: plan.effort.clone(), work };
         let worker = Worker::start(&host.fence, task, alive, None).await?;
-        // What is removed has as much time as what is stored: nobody else can run meanwhile.
         let stop = CancellationToken::new();
         let ended = {
             let work = worker.finish(&stop, None, |_| {});
             tokio::pin!(work);
+            // What is removed has as much time as what is stored: nobody else can run meanwhile.
             let reason = tokio::select! {
                 ended = &mut work => Ok(ended),
                 failure = asker.called_off() => Err(failure.message),
