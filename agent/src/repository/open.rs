@@ -187,8 +187,8 @@ impl Archive {
     /// Opens a repository.
     ///
     /// # Errors
-    /// [`ArchiveError::None`], [`ArchiveError::WrongPassword`]; otherwise when the place fails or an object is
-    /// damaged.
+    /// [`ArchiveError::None`], [`ArchiveError::WrongPassword`], [`ArchiveError::TooManyKeys`]; otherwise when the place
+    /// fails or an object is damaged.
     pub fn open(storage: Arc<dyn Storage>, password: &[u8]) -> Result<Self, ArchiveError> {
         let config = Object::new(Kind::Config, "config");
         let sealed = match storage.get(&config, SMALL_BYTES_MAX) {
